@@ -1,0 +1,89 @@
+#!/usr/bin/python
+# -*- coding: utf-8 -*-
+# SPDX-License-Identifier: MIT
+"""Bring a host's deployment records into the database."""
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: deployment_records
+short_description: Bring a host's deployment records into the database
+description:
+  - Hands the records of C(PATH/deployments.jsonl) to C(webhook-api deployments import) in a container of the
+    service. What the database has already stays as it is.
+  - The file is what counts. A database or container that is away is a warning; the next call brings all.
+options:
+  path:
+    description: The site's directory.
+    type: path
+    required: true
+  container:
+    description: A container of the service.
+    type: str
+    required: true
+  timeout:
+    description: Seconds that the import may take.
+    type: float
+    default: 15
+attributes:
+  check_mode:
+    support: full
+    description: Can run in check mode and return changed status prediction without modifying the target.
+    details: Says nothing of what the database lacks.
+  diff_mode:
+    support: none
+    description: Will return details on what has changed (or possibly needs changing in check mode).
+  idempotent:
+    support: full
+    description: When run twice in a row outside check mode, with the same arguments, the second invocation
+      indicates no change.
+author: The maintainers of aisha-webhook-deployment
+"""
+
+EXAMPLES = r"""
+- name: The deployment records are in the database
+  deployment_records:
+    path: /opt/aisha-webhook
+    container: aisha-webhook-api-1
+"""
+
+RETURN = r"""
+imported:
+  description: How many records the database had not.
+  returned: always
+  type: int
+problem:
+  description: Why they could not be imported; empty when they were.
+  returned: always
+  type: str
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.deploy_record import DeployRecords, RecordError, bring_into_database
+from ansible.module_utils.docker_cli import DockerError
+
+ARGUMENTS = {
+    "path": {"type": "path", "required": True},
+    "container": {"type": "str", "required": True},
+    "timeout": {"type": "float", "default": 15.0},
+}
+
+
+def main() -> None:
+    """Wire records and container."""
+    module = AnsibleModule(ARGUMENTS, supports_check_mode=True)
+    params, imported, problem = module.params, 0, ""
+    try:
+        if not module.check_mode:
+            records = DeployRecords(params["path"])
+            imported = bring_into_database(records, params["container"], params["timeout"])
+    except (RecordError, DockerError) as error:
+        problem = str(error)
+        module.warn(
+            f"The deployment records are not in the database yet; the next run brings them. {problem}"
+        )
+    module.exit_json(changed=imported > 0, imported=imported, problem=problem)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What a run that was killed has left: switched-off instances, a second nginx, containers that were made for one command."""
+
+from __future__ import annotations
+
+from ansible.module_utils.docker_cli import Docker
+from ansible.module_utils.docker_engine import Engine
+from ansible.module_utils.rollout.compose import Project, is_healthy
+from ansible.module_utils.rollout.edge import Edge
+from ansible.module_utils.rollout.model import Release
+from ansible.module_utils.rollout.prepare import TEST_LABEL
+from ansible.module_utils.rollout.switch import Switches
+
+
+class Leftovers:
+    """Clears up, and says what it did. Touches nothing where nothing is left."""
+
+    def __init__(
+        self, project: Project, docker: Docker, engine: Engine, edge: Edge, switches: Switches
+    ) -> None:
+        self._project, self._docker, self._engine = project, docker, engine
+        self._edge, self._switches = edge, switches
+
+    def clear(self, target: Release, current: Release | None, *, throwaways: bool) -> list[str]:
+        """One nginx, no stale switch, no half-run migration. With `throwaways`, those of nginx -t as well (a look more)."""
+        told: list[str] = self._one_offs() + self._edge.resolve(target, current)
+        if throwaways:
+            self._throwaways(target)
+        return [*told, *self._switched_off(target, current)]
+
+    def _switched_off(self, target: Release, current: Release | None) -> list[str]:
+        """An instance that is healthy is used again; one that is not stays out until it is brought to a release."""
+        told = []
+        for name in self._switches.out():
+            service = target.service(name) or (current.service(name) if current else None)
+            if service is None or is_healthy(self._engine.inspect(service.container)):
+                self._switches.take_in(name)
+                told.append(f"{name} is in use again")
+        return told
+
+    def _one_offs(self) -> list[str]:
+        """A migration whose run was killed: PostgreSQL undoes what it had not committed."""
+        told = []
+        for found in self._project.one_offs():
+            self._project.stop(found)
+            self._project.remove(found)
+            told.append(f"{found['Name'].lstrip('/')} was ended")
+        return told
+
+    def _throwaways(self, release: Release) -> None:
+        listed = self._docker.call(
+            "ps",
+            "--all",
+            "--quiet",
+            "--filter",
+            f"label={TEST_LABEL}={release.project}",
+            action="list containers",
+        )
+        for identity in listed.split():
+            self._docker.attempt("rm", "--force", "--volumes", identity)
