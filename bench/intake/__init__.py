@@ -1,0 +1,1 @@
+"""``python -m bench.intake``: how fast deliveries are taken, beside a reference, in one run."""

@@ -1,0 +1,250 @@
+"""Measures a quick update, a run with nothing to do, `--tags verify` and a rollback, beside the old update procedure.
+
+python -m bench.rollout                 # three rounds; the first run of the site is broken down by role
+python -m bench.rollout --rounds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from nacl.signing import SigningKey
+
+from bench.rollout.old import OldStack
+from bench.rollout.sender import Stream
+from tests.support.sites import REPO, Site
+
+NAME, NUMBER = "wht-bench", 8
+RATE = 50.0
+RESULTS = REPO / "bench" / "results" / "rollout.json"
+BOUNDS = {"nothing to do": 10.0, "verify": 5.0, "rollback": 12.0}
+"""Seconds that may be taken (issue of the rollout)."""
+
+
+def main() -> None:
+    """Run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.rollout",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-keep", action="store_true", help="print only")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        result = run(Path(directory), options.rounds)
+    show(result)
+    if not options.no_keep:
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\nkept in {RESULTS.relative_to(REPO)}")
+
+
+def run(work: Path, rounds: int) -> dict[str, Any]:
+    """All measurements: the old way and ours take turns in every round."""
+    source = work / "webhook"
+    shutil.copytree(REPO / "webhook", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    site = Site(NAME, work / "site", NUMBER, {"images_source": str(source)})
+    load = os.getloadavg()[0]
+    measured: dict[str, list[dict[str, Any]]] = {}
+    with ExitStack() as stack:
+        stack.callback(site.teardown)
+        first = first_run(site)
+        key = SigningKey(bytes.fromhex(site.secret("fal_dev_key")))
+        old = OldStack(site, work / "old", base_image())
+        stack.callback(old.remove)
+        old.start(source, "v-first")
+        for number in range(1, rounds + 1):
+            for name, sample in one_round(site, old, key, source, number):
+                measured.setdefault(name, []).append(sample)
+                print(f"round {number}: {name}: {sample}", flush=True)
+    return {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "machine": {"cpus": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]},
+        "rounds": rounds,
+        "rate": RATE,
+        "first_run": first,
+        "measured": measured,
+    }
+
+
+def one_round(
+    site: Site, old: OldStack, key: SigningKey, source: Path, number: int
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each measurement once."""
+    marker = source / "webhook_api" / "__init__.py"
+    text = marker.read_text()
+
+    def change(way: str) -> None:
+        marker.write_text(f"{text}\n# {way} {number}\n")
+
+    change("old")
+    version = f"v-{number}"
+    yield (
+        "old update",
+        under_load(
+            old.port, old.api_ports, key, lambda: old.update(source, version), lambda seen: seen == version
+        ),
+    )
+    change("ours")
+    before = version_of(site.settings["site_api_ports"][0])
+    edge, ports = int(site.settings["site_http_port"]), tuple(site.settings["site_api_ports"])
+    yield (
+        "update",
+        under_load(
+            edge, ports, key, lambda: site.site("--tags", "update").must_pass(), lambda seen: seen != before
+        ),
+    )
+    changed = version_of(ports[0])
+    yield (
+        "rollback",
+        under_load(
+            edge,
+            ports,
+            key,
+            lambda: site.playbook("playbooks/rollback.yml").must_pass(),
+            lambda seen: seen != changed,
+        ),
+    )
+    yield (
+        "forward again",
+        under_load(
+            edge, ports, key, lambda: site.site("--tags", "update").must_pass(), lambda seen: seen == changed
+        ),
+    )
+    yield "nothing to do", timed(lambda: site.site().must_pass())
+    yield "verify", timed(lambda: site.site("--tags", "verify").must_pass())
+
+
+def first_run(site: Site) -> dict[str, Any]:
+    """The site from nothing (images and packages may be cached), by role."""
+    with environment(ANSIBLE_CALLBACKS_ENABLED="ansible.posix.profile_roles"):
+        started = time.monotonic()
+        output = site.site().must_pass().output
+        seconds = time.monotonic() - started
+    table = output.rpartition("===")[2]
+    roles = dict(re.findall(r"^(\w+)\s-+\s([\d.]+)s$", table, re.MULTILINE))
+    return {"seconds": round(seconds, 1), "roles": {name: float(value) for name, value in roles.items()}}
+
+
+def under_load(
+    edge: int, ports: tuple[int, ...], key: SigningKey, act: Callable[[], object], new: Callable[[str], bool]
+) -> dict[str, Any]:
+    """Do something while deliveries come in: seconds to the end, and until all instances served what is new."""
+    with Stream(edge, key, RATE) as stream:
+        time.sleep(1)
+        with watch(ports, new) as served:
+            sample = timed(act)
+        time.sleep(1)
+    return {**sample, "serving_s": served.get("seconds"), **stream.answers.as_result()}
+
+
+@contextmanager
+def watch(ports: tuple[int, ...], new: Callable[[str], bool]) -> Iterator[dict[str, float]]:
+    """Notes when all instances name what is new."""
+    seen: dict[str, float] = {}
+    ended = threading.Event()
+    started = time.monotonic()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            if all(new(version) for version in map(version_of, ports) if version) and all(
+                map(version_of, ports)
+            ):
+                seen["seconds"] = round(time.monotonic() - started, 1)
+                return
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join(10)
+
+
+def version_of(port: int) -> str:
+    """What an instance's /health calls its version; empty when it does not answer."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
+            return str(json.load(answer)["version"])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def timed(act: Callable[[], object]) -> dict[str, Any]:
+    """Seconds of something."""
+    started = time.monotonic()
+    act()
+    return {"seconds": round(time.monotonic() - started, 1)}
+
+
+def base_image() -> str:
+    """The base image that the site's run used: the newest."""
+    command = ["docker", "image", "ls", "aisha-base", "--format", "{{.Repository}}:{{.Tag}}"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    return found[0]
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Variables of the environment for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print medians."""
+    print(
+        f"\nload {result['machine']['load_before']:.1f} before, {result['machine']['load_after']:.1f} after"
+    )
+    first = result["first_run"]
+    print(f"first run {first['seconds']} s: " + ", ".join(f"{n} {s:.1f}" for n, s in first["roles"].items()))
+    print(f"\n{'':16}{'seconds':>10}{'serving':>10}{'sent':>8}{'failed':>8}{'slowest':>9}")
+    for name, samples in result["measured"].items():
+        line = f"{name:16}{middle(samples, 'seconds'):>10.1f}"
+        if "sent" in samples[0]:
+            line += f"{middle(samples, 'serving_s'):>10.1f}{total(samples, 'sent'):>8}{total(samples, 'failed'):>8}"
+            line += f"{max(s['slowest_s'] for s in samples):>8.2f}s"
+        bound = BOUNDS.get(name)
+        print(line + (f"   (at most {bound:.0f})" if bound else ""))
+    ratio = middle(result["measured"]["update"], "seconds") / middle(
+        result["measured"]["old update"], "seconds"
+    )
+    print(f"\nupdate: {ratio:.2f} of the old procedure's time")
+
+
+def middle(samples: list[dict[str, Any]], figure: str) -> float:
+    """Median over the rounds; what was never seen counts as for ever."""
+    return statistics.median(float("inf") if s[figure] is None else s[figure] for s in samples)
+
+
+def total(samples: list[dict[str, Any]], figure: str) -> int:
+    """Sum over the rounds."""
+    return sum(int(s[figure]) for s in samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How fast the worker drains deliveries without files: `python -m bench.worker`."""

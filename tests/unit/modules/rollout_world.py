@@ -1,0 +1,279 @@
+"""A host in memory: an engine with Compose, two releases, and a fuse at every call.
+
+For what must hold wherever a run breaks off. It knows just what module `rollout` does to a host; that the real engine,
+Compose and nginx do the same is proven in tests/integration/modules/test_rollout_real.py and tests/cluster/test_rollout.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.deploy_record import DeployRecords
+from ansible.module_utils.docker_cli import Result
+from ansible.module_utils.docker_engine import EngineError
+from ansible.module_utils.release import ReleaseStore, WantedFile, plan_release
+from ansible.module_utils.rollout.gates import Answer
+from ansible.module_utils.rollout.model import Settings
+from ansible.module_utils.rollout.run import Rollout
+from ansible.module_utils.rollout.signals import StopRequest
+
+PROJECT, COMPOSE = "wht", "docker-compose.webhook.prod.yml"
+HTTP, HTTPS = 80, 443
+PREFIX = "com.docker.compose."
+
+
+class Killed(BaseException):
+    """SIGKILL."""
+
+
+class World:
+    """Containers, releases and switches of one host; `Engine` and `Docker` of the module in one."""
+
+    def __init__(self, site: Path) -> None:
+        self.site = site
+        self.containers: list[dict[str, Any]] = []
+        self.calls, self.fuse, self.broken, self.signal = 0, 0, 0, 0
+        self.guarded = False
+        self.stop = StopRequest()
+        self._serial = itertools.count(1)
+        self.store = ReleaseStore(str(site))
+
+    # Releases
+
+    def release(self, name: str, edge: str, **more: dict[str, Any]) -> str:
+        """Write a release; `more`: settings of a service, such as ``api_1={"crash": True}``."""
+        image = f"registry/webhook-api@sha256:{name}"
+        kinds = {"api-1": "api", "api-2": "api", "worker": "worker", "nginx": "edge"}
+        compose: dict[str, Any] = {"services": {}}
+        services = []
+        for name_, kind in kinds.items():
+            label = {"org.aisha.edge": edge} if kind == "edge" else {"org.aisha.release": name}
+            services.append({"name": name_, "kind": kind, "container": f"{PROJECT}-{name_}", "image": image})
+            services[-1] |= {"label": label, "port": {"api-1": 8001, "api-2": 8002}.get(name_, 0)}
+            compose["services"][name_] = {"image": image, "labels": label, "says": name}
+            compose["services"][name_] |= more.get(name_.replace("-", "_"), {})
+            if kind != "edge":
+                compose["services"][name_]["container_name"] = f"{PROJECT}-{name_}"
+        rollout = {
+            "webhook_release": name, "project": PROJECT, "services": services, "edge": edge, "edge_path": "/e",
+            "certificate_directory": "/c", "ports": {"http": HTTP, "https": [HTTPS]}, "keepalive_seconds": 60,
+        }  # fmt: skip
+        plan = plan_release([WantedFile(f"@release@/{COMPOSE}", json.dumps(compose))], {"webhook-api": image})
+        self.store.write(plan, {"webhook_release": name, "rollout": rollout}, 100, activate=False)
+        return plan.id
+
+    def run(self, release: str, kind: str = "deploy") -> dict[str, Any]:
+        """A run of the module in a process of its own."""
+        self.stop = StopRequest()
+        self.stop.listen = lambda: None
+        settings = Settings(
+            site_dir=self.site,
+            kind=kind,
+            host="h",
+            gate_interval=0,
+            gate_timeout=0.01,
+            drain_seconds=0,
+            wait=0,
+        )
+        rollout = Rollout(settings, self, self, stop=self.stop, sleep=lambda _seconds: None)
+        return rollout.run(rollout.load(release))
+
+    # What is looked at
+
+    def of(self, service: str) -> list[dict[str, Any]]:
+        """Containers of a service."""
+        return [c for c in self.containers if c["Config"]["Labels"][PREFIX + "service"] == service]
+
+    def serves(self) -> bool:
+        """Whether a request is answered now: one nginx, and one instance that is healthy."""
+        edge = any(c["State"]["Status"] == "running" for c in self.of("nginx"))
+        return edge and any(_healthy(c) for name in ("api-1", "api-2") for c in self.of(name))
+
+    def state(self) -> dict[str, Any]:
+        """All that must be right after a run."""
+        return {
+            "containers": {c["Name"]: (c["Config"]["Image"], c["State"]["Status"]) for c in self.containers},
+            "switches": sorted(p.name for p in (self.site / "state").glob("*")),
+            "current": self.store.linked("current"),
+            "in hand": (self.site / "run" / "deployment.json").exists(),
+        }
+
+    def at(self, release: str) -> dict[str, Any]:
+        """The state of a host that is wholly at a release."""
+        services = (self.store.describe(release) or {})["metadata"]["rollout"]["services"]
+        return {
+            "containers": {f"/{s['container']}": (s["image"], "running") for s in services},
+            "switches": [],
+            "current": release,
+            "in hand": False,
+        }
+
+    def result(self) -> str:
+        """What the last record says."""
+        return str(DeployRecords(self.site).read()[-1]["result"])
+
+    # The fuse
+
+    def tick(self) -> bool:
+        """A moment at which anything may happen. Whether the call is to fail."""
+        self.calls += 1
+        assert not self.guarded or self.serves(), f"nobody serves at call {self.calls}"
+        if self.calls == self.fuse:
+            raise Killed
+        if self.calls == self.signal:
+            self.stop._asked(15, None)
+        return self.calls == self.broken
+
+    # The command line
+
+    def holding(self, _descriptor: int) -> World:
+        return self
+
+    def call(self, *arguments: str, **options: Any) -> str:
+        result = self.attempt(*arguments, **options)
+        if result.code:
+            raise EngineError("engine_error", result.err)
+        return result.out
+
+    def attempt(self, *arguments: str, **options: Any) -> Result:
+        if self.tick():
+            return Result(1, "", "boom")
+        result = self._do(list(arguments), options)
+        self.tick()
+        return result
+
+    def _do(self, arguments: list[str], options: dict[str, Any]) -> Result:
+        if arguments[0] == "compose":
+            return self._compose(arguments, options)
+        if arguments[0] in ("run", "ps"):
+            return Result(0, "", "")
+        found = next((c for c in self.containers if c["Id"] == arguments[-1]), None)
+        if arguments[0] == "rename":
+            found = next(c for c in self.containers if c["Id"] == arguments[1])
+            assert f"/{arguments[2]}" not in [c["Name"] for c in self.containers], "the name is taken"
+            found["Name"] = f"/{arguments[2]}"
+        elif found is None:
+            return Result(1, "", "No such container")
+        elif arguments[0] == "stop":
+            found["State"] = {"Status": "exited", "ExitCode": 0}
+        elif arguments[0] == "rm":
+            self.containers.remove(found)
+        return Result(0, "", "")
+
+    def _compose(self, arguments: list[str], options: dict[str, Any]) -> Result:
+        text = options.get("stdin") or Path(arguments[4]).read_text()
+        services = json.loads(text)["services"]
+        if arguments[-1] == "json":
+            return Result(0, text, "")
+        if "--hash" in arguments:
+            return Result(0, "\n".join(f"{name} {_hash(service)}" for name, service in services.items()), "")
+        if "run" in arguments:
+            return Result(0, "{}", "")
+        count = (
+            int(arguments[arguments.index("--scale") + 1].partition("=")[2]) if "--scale" in arguments else 1
+        )
+        for name in [word for word in arguments[5:] if word in services]:
+            for container in self.of(name):
+                if container["State"]["Status"] == "exited":
+                    self._start(container, services[name])
+            while len(self.of(name)) < count:
+                self._create(name, services[name])
+                self.tick()
+                self._start(self.containers[-1], services[name])
+        return Result(0, "", "")
+
+    def _create(self, name: str, service: dict[str, Any]) -> None:
+        number = next(self._serial)
+        labels = {PREFIX + "service": name, PREFIX + "config-hash": _hash(service), **service["labels"]}
+        called = "/" + service.get("container_name", f"{PROJECT}-{name}-{number}")
+        assert called not in [c["Name"] for c in self.containers], f"the name {called} is taken"
+        config = {"Image": service["image"], "Labels": labels, "Says": service["says"]}
+        self.containers.append(
+            {"Id": f"{number:064x}", "Name": called, "Image": service["image"], "Config": config,
+             "RestartCount": 0, "State": {"Status": "created", "ExitCode": 0}}
+        )  # fmt: skip
+
+    def _start(self, container: dict[str, Any], service: dict[str, Any]) -> None:
+        container["State"] = {"Status": "running", "ExitCode": 0, "Health": {"Status": "healthy"}, "Pid": 1}
+        if service.get("crash"):
+            times = {"StartedAt": "2026-11-23T00:00:00Z", "FinishedAt": "2026-11-23T00:00:01Z"}
+            container["State"] = {"Status": "restarting", "ExitCode": 3, **times}
+            container["RestartCount"] = 3
+
+    # The engine
+
+    def inspect(self, name: str) -> dict[str, Any] | None:
+        self._ask()
+        found = (c for c in self.containers if name in (c["Id"], c["Name"].lstrip("/")))
+        return json.loads(json.dumps(next(found, None)))
+
+    def project_containers(self, _project: str) -> list[dict[str, Any]]:
+        self._ask()
+        return json.loads(json.dumps(self.containers))
+
+    def image_names(self, image: str) -> list[str]:
+        return [image]
+
+    def info(self) -> dict[str, Any]:
+        return {"LiveRestoreEnabled": True}
+
+    def last_lines(self, _name: str, _lines: int) -> list[str]:
+        return ["last words"]
+
+    def events(self, *_arguments: Any) -> Any:
+        raise EngineError("unreachable", "no events here")
+
+    def run_in(self, identity: str, command: list[str]) -> tuple[int, str, str]:
+        self._ask()
+        found = next((c for c in self.containers if c["Id"] == identity), None)
+        if found is None or found["State"]["Status"] != "running":
+            raise EngineError("engine_error", "it does not run")
+        path = command[-1].removeprefix("http://edge")
+        if path == "/edge_alive":
+            return 0, f"{found['Config']['Labels']['org.aisha.edge']}\n200", ""
+        answer = self._health(self.of(path.split("/")[2]))
+        return 0, f"{answer.text}\n{answer.status or 502}", ""
+
+    def _ask(self) -> None:
+        if self.tick():
+            raise EngineError("unreachable", "the engine does not answer")
+
+    # HTTP
+
+    def local(self, port: int, path: str = "/health", *, tls: bool = False) -> Answer:
+        """In the place of `Asking.local`."""
+        self.tick()
+        if path == "/metrics":
+            return Answer(404, "")
+        names = {8001: ["api-1"], 8002: ["api-2"]}.get(port, ["api-1", "api-2"])
+        if port in (HTTP, HTTPS) and not any(c["State"]["Status"] == "running" for c in self.of("nginx")):
+            return Answer(0, "refused")
+        assert tls == (port == HTTPS)
+        return self._health([c for name in names for c in self.of(name)])
+
+    def _health(self, containers: list[dict[str, Any]]) -> Answer:
+        for container in containers:
+            if _healthy(container):
+                return Answer(200, json.dumps({"status": "healthy", "release": container["Config"]["Says"]}))
+        return Answer(0, "refused")
+
+
+def _healthy(container: dict[str, Any]) -> bool:
+    return container["State"].get("Health", {}).get("Status") == "healthy"
+
+
+def _hash(service: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(service, sort_keys=True).encode()).hexdigest()
+
+
+def quietly(world: World, release: str) -> bool:
+    """A run that may be killed. Whether it was."""
+    with suppress(Killed):
+        world.run(release)
+        return False
+    return True

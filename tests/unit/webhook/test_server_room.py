@@ -1,0 +1,112 @@
+"""Whom the server's loop takes in, and whom it gives up when no more connections fit. Real sockets, no arbiter."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from webhook_api.server.connection import Connection, Phase
+from webhook_api.server.worker import ACCEPTS, EventWorker
+
+REQUEST = b"POST /api/v1/avatar/status_update HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class House:
+    """A loop's worker without gunicorn around it, and clients of it."""
+
+    def __init__(self, stack: ExitStack, room: int, workers: int = 1) -> None:
+        self._stack = stack
+        self.worker: Any = EventWorker.__new__(EventWorker)
+        self.worker.poll = stack.enter_context(select.epoll())
+        self.worker.connections = {}
+        self.worker.cfg = SimpleNamespace(worker_connections=room, keepalive=75, workers=workers)
+        self.worker.quick = SimpleNamespace(gate=lambda *_: 1000)
+        self.listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=100))
+        self.listener.setblocking(False)
+        stack.callback(lambda: [c.sock.close() for c in self.worker.connections.values()])
+
+    def client(self) -> socket.socket:
+        return self._stack.enter_context(socket.create_connection(self.listener.getsockname(), timeout=10))
+
+    def accept(self) -> None:
+        self.worker._accept(self.listener)
+
+    def held(self, *clients: socket.socket) -> list[Connection]:
+        """The other ends of clients, accepted."""
+        self.accept()
+        by_peer = {c.client[1]: c for c in self.worker.connections.values()}
+        return [by_peer[client.getsockname()[1]] for client in clients]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def arrived(connection: Connection) -> None:
+    """Wait until what the client has sent is here."""
+    assert select.select([connection.sock], [], [], 10)[0]
+
+
+def test_a_kept_connection_whose_next_delivery_is_here_is_not_given_up(stack: ExitStack) -> None:
+    house = House(stack, room=3)
+    clients = [house.client() for _ in range(3)]
+    oldest, older, newest = house.held(*clients)
+    for connection in (oldest, older, newest):
+        connection.await_more()
+    for age, connection in enumerate((newest, older, oldest)):
+        connection.deadline -= age
+    clients[0].sendall(REQUEST)
+    arrived(oldest)
+    house.client()
+    house.accept()
+    assert older.phase is Phase.CLOSED
+    assert (oldest.phase, newest.phase) == (Phase.IDLE, Phase.IDLE)
+    assert len(house.worker.connections) == 3
+
+
+def test_slow_senders_stay_behind_idle_connections(stack: ExitStack) -> None:
+    house = House(stack, room=2)
+    clients = [house.client() for _ in range(2)]
+    slow, idle = house.held(*clients)
+    slow.reader.feed(b"POST / HTTP/1.1\r\n")
+    for connection in (slow, idle):
+        connection.await_more()
+    house.client()
+    house.accept()
+    assert (slow.phase, idle.phase) == (Phase.READING, Phase.CLOSED)
+    for other in [c for c in house.worker.connections.values() if c is not slow]:
+        house.worker._close(other)
+    house.worker.cfg.worker_connections = 1
+    house.client()
+    house.accept()
+    assert slow.phase is Phase.CLOSED
+
+
+def test_one_has_to_go_even_when_all_have_bytes(stack: ExitStack) -> None:
+    house = House(stack, room=2)
+    clients = [house.client() for _ in range(2)]
+    for client, connection in zip(clients, house.held(*clients), strict=True):
+        connection.await_more()
+        client.sendall(REQUEST)
+        arrived(connection)
+    house.client()
+    house.accept()
+    assert len(house.worker.connections) == 2
+
+
+@pytest.mark.parametrize(("workers", "taken"), [(1, ACCEPTS), (2, 1)])
+def test_a_turn_takes_many_connections_unless_they_are_shared(
+    stack: ExitStack, workers: int, taken: int
+) -> None:
+    house = House(stack, room=100, workers=workers)
+    for _ in range(ACCEPTS + 4):
+        house.client()
+    house.accept()
+    assert len(house.worker.connections) == taken
