@@ -204,6 +204,15 @@ def test_a_switch_that_a_crash_left_behind_loses_no_delivery() -> None:
         assert instances_asked(3) == {"1"}, "the last one that answers is asked"
 
 
+def test_the_only_instance_in_use_is_asked_once_more_before_one_that_is_being_replaced() -> None:
+    """One broken connection to the instance that serves alone is no 502 while the other one is gone."""
+    with switched("api-2.down"), down(2):
+        answers = [ask("/api/v1/avatar/stumble", data=b"payload") for _ in range(3)]
+    assert [(answer.status_code, answer.json()["instance"]) for answer in answers] == [(200, "1")] * 3
+    tried = log_line(answers[0].headers["X-Request-Id"])["upstream_addr"].split(", ")
+    assert tried == ["172.31.80.11:8000"] * 2
+
+
 @pytest.mark.parametrize("port", [HTTP, HTTPS])
 def test_while_nginx_drains_every_answer_closes_its_connection(port: int) -> None:
     asked: list[tuple[str, str, int]] = [

@@ -7,6 +7,8 @@ import os
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+STUMBLED: set[str] = set()
+
 
 class Handler(BaseHTTPRequestHandler):
     """Answers every method; the last part of the path says how."""
@@ -14,11 +16,13 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def answer(self) -> None:
-        """Echo what arrived. `drop` closes without an answer on instance 1; `silent` never answers there."""
+        """Echo what arrived. On instance 1 `drop` closes without an answer, `stumble` does the first time, `silent` is."""
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         last = self.path.split("?")[0].rpartition("/")[2]
         first = os.environ["INSTANCE"] == "1"
-        if last == "drop" and first:
+        stumbles = last == "stumble" and self.headers["X-Request-Id"] not in STUMBLED
+        if first and (last == "drop" or stumbles):
+            STUMBLED.add(self.headers["X-Request-Id"])
             self.close_connection = True
             return
         if last == "silent" and first:

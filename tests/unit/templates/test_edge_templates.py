@@ -59,6 +59,9 @@ def groups(text: str) -> dict[str, tuple[list[int], list[int]]]:
         first, last = (
             [int(n) - 10 for n, backup in servers if bool(backup) is wanted] for wanted in (False, True)
         )
+        if len(set(first)) == 1:
+            assert len(first) == 2, f"{name}: who serves alone is asked once more before it is given up"
+        first = list(dict.fromkeys(first))
         found[name] = first, last
     return found
 
