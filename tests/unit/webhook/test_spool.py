@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from webhook_api.db import DatabaseUnavailable
-from webhook_api.inbox import Delivery, Stored
+from webhook_api.inbox import Delivery, Stored, spoolfile
 from webhook_api.inbox.spool import Hand, Present, Spool
 from webhook_api.inbox.spoolfile import SUFFIX, Entry, SpoolBroken, SpoolFile, _digest
 from webhook_api.inbox.spoolview import export, look
@@ -72,6 +73,63 @@ def test_what_goes_in_comes_out_with_every_field(file: SpoolFile) -> None:
     file.append([Entry(delivery, NOW, unsure=True)])
     (row,) = file.head(10, 10**6)
     assert (row.delivery, row.arrivals, row.received_at, row.unsure) == (delivery, 1, NOW, True)
+
+
+@contextmanager
+def writing(file: SpoolFile, delivery: Delivery) -> Iterator[threading.Event]:
+    """A thread is in the middle of writing to the file until the event is set."""
+    begun, go = threading.Event(), threading.Event()
+
+    def wanted() -> bool:
+        begun.set()
+        return go.wait(30)
+
+    with ThreadPoolExecutor(1) as hand:
+        written = hand.submit(file.append, [Entry(delivery, NOW)], wanted)
+        assert begun.wait(30)
+        try:
+            yield go
+        finally:
+            go.set()
+        assert written.result(30) == [1]
+
+
+@pytest.mark.parametrize("end", ["close", "put_aside"])
+def test_a_file_that_is_given_up_while_a_delivery_is_written_keeps_it(tmp_path: Path, end: str) -> None:
+    """A process that stops, or has drained an old file, never pulls the file from under who writes to it."""
+    file = SpoolFile.create(tmp_path)
+    give_up = file.close if end == "close" else partial(file.put_aside, unless_rows=True)
+    with ThreadPoolExecutor(1) as keeper, writing(file, arrived()) as go:
+        ended = keeper.submit(give_up)
+        time.sleep(0.1)
+        assert not ended.done()
+        go.set()
+        ended.result(30)
+    again = SpoolFile.adopt(file.path)
+    assert again is not None
+    assert [row.delivery.request_id for row in again.head(10, 10**6)] == ["r-1"]
+    again.close(remove_empty=False)
+
+
+def test_a_write_that_hangs_keeps_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spoolfile, "CLOSE_SECONDS", 0.05)
+    file = SpoolFile.create(tmp_path)
+    with writing(file, arrived()):
+        assert file.close() is False
+        assert SpoolFile.adopt(file.path) is None, "it is still this process's"
+    assert [row.delivery.request_id for row in file.head(10, 10**6)] == ["r-1"]
+    file.close()
+
+
+def test_who_comes_to_a_file_that_was_given_up_writes_to_another_one(spool: Spool) -> None:
+    put(spool, arrived("r-1"))
+    (given_up,) = spool.files()
+    given_up.close()
+    given_up.close()
+    with pytest.raises(SpoolBroken, match="given up") as caught:
+        given_up.append([Entry(arrived("r-2"), NOW)])
+    assert caught.value.lost
+    assert put(spool, arrived("r-2")) == Stored(None, True, 1, variant=False, spooled=True)
 
 
 def test_it_is_on_the_disk_before_it_is_answered(tmp_path: Path) -> None:

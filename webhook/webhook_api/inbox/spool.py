@@ -355,7 +355,7 @@ class Spool:
             self._alarm(
                 "rejected", f"{file.path.name} holds rows that cannot be stored: spool export shows them"
             )
-            file.put_aside()
+            file.put_aside(unless_rows=True)
         else:
             file.close()
 

@@ -31,6 +31,8 @@ _FIELDS: Final = frozenset(field.name for field in dataclass_fields(Delivery)) -
 _CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _VACUUM_PAGES: Final = 512
 """An empty file larger than this gives its room back."""
+CLOSE_SECONDS: Final = 2.0
+"""So long a file that is given up waits for what is being written to it."""
 
 _SCHEMA: Final = """
 create table if not exists meta (name text primary key, value text not null) without rowid;
@@ -140,6 +142,7 @@ class SpoolFile:
         self.path = path
         self._lock = lock
         self._io = threading.Lock()
+        self._closed = False
         with self._guard():
             self._connection = _open(path)
             self._reader = _open(path)
@@ -203,6 +206,8 @@ class SpoolFile:
         ``wanted`` is asked before the commit. Raises SpoolBroken and GivenUp; then none of them is there.
         """
         with self._io, self._guard():
+            if self._closed:
+                raise SpoolBroken("the file was given up", corrupt=False, lost=True)
             if not self._in_place():
                 raise SpoolBroken("the file was removed or replaced", corrupt=False, lost=True)
             with self._transaction():
@@ -349,16 +354,45 @@ class SpoolFile:
                 self._connection.execute("vacuum")
                 self._connection.execute("pragma wal_checkpoint(truncate)")
 
-    def put_aside(self) -> None:
-        """Close the file under a name that nobody drains, for a person to look at."""
-        with contextlib.suppress(OSError):
-            set_aside(self.path)
-        self.close(remove_empty=False)
-        self.path.with_suffix(".lock").unlink(missing_ok=True)
+    def put_aside(self, *, unless_rows: bool = False) -> None:
+        """Close the file under a name that nobody drains, for a person to look at.
+
+        ``unless_rows``: one that has got a row meanwhile keeps its name, so that it is drained.
+        """
+        with self._last_word() as alone:
+            if unless_rows and (not alone or self.rows > 0):
+                if alone:
+                    self._close(remove_empty=False)
+                return
+            with contextlib.suppress(OSError):
+                set_aside(self.path)
+            if alone:
+                self._close(remove_empty=False)
+            self.path.with_suffix(".lock").unlink(missing_ok=True)
 
     def close(self, *, remove_empty: bool = True) -> bool:
-        """Close and give up the file; remove it when nothing is in it. Whether it was removed."""
-        removed = False
+        """Close and give up the file; remove it when nothing is in it. Whether it was removed.
+
+        What is being written is waited for: it may be a delivery that is about to be answered. Where the disk hangs in
+        it, the file stays this process's until its end.
+        """
+        with self._last_word() as alone:
+            return alone and self._close(remove_empty=remove_empty)
+
+    @contextlib.contextmanager
+    def _last_word(self) -> Iterator[bool]:
+        """Whether nobody writes, and nobody will meanwhile."""
+        alone = self._io.acquire(timeout=CLOSE_SECONDS)
+        try:
+            yield alone
+        finally:
+            if alone:
+                self._io.release()
+
+    def _close(self, *, remove_empty: bool) -> bool:
+        if self._closed:
+            return False
+        self._closed, removed = True, False
         with contextlib.suppress(SpoolBroken, sqlite3.Error):
             with self._guard():
                 empty = self._connection.execute(
