@@ -5,7 +5,7 @@ ARGS ?=
 SITE ?= aisha-webhook
 PLAYBOOK = PATH="$(CURDIR)/.venv/bin:$$PATH" ansible-playbook
 
-.PHONY: help up check update verify rollback status vault prune send down logs shell backup restore bundle doctor test test-fresh test-cluster bench-intake bench-worker bench-table soak lint sbom audit unit lock clean
+.PHONY: help up check update verify rollback status vault prune send down logs shell backup restore bundle doctor test test-fresh test-cluster bench-intake bench-worker bench-table bench-rollout soak lint sbom audit unit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -90,6 +90,10 @@ bench-worker: ## how fast the worker drains the inbox, with an empty table and a
 bench-table: ## the inbox at ten million rows beside a small one (a quarter of an hour, 25 GB; ARGS="--rows 1000000")
 	@scripts/controller.sh requirements.txt requirements-dev.txt webhook/requirements.txt
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH=webhook:. .venv/bin/python -m bench.table $(ARGS)
+
+bench-rollout: ## update, rollback, verify and a run without changes beside the old procedure, under load (ARGS=--hosts: a further host)
+	@scripts/controller.sh requirements.txt requirements-dev.txt webhook/requirements.txt
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" PYTHONPATH=webhook:. .venv/bin/python -m bench.rollout $(ARGS)
 
 soak: ## the fault scenarios in full: hundreds of kills, a quarter of an hour and more (docs/receiver/proof.md)
 	@scripts/soak.sh $(ARGS)

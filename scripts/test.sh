@@ -24,18 +24,21 @@ nothing behind but .venv, the Docker engine, the base image and the build cache.
 TEXT
 scripts/controller.sh requirements.txt requirements-dev.txt webhook/requirements.txt || exit 1
 
+# A phase that hangs (a test worker that crashed, say) ends and fails instead of keeping everything waiting.
+bounded() { timeout --kill-after=60 "${PHASE_SECONDS:-1500}" "$@"; }
+
 run_phase() {
 	case $1 in
 	prepare) scripts/test-prepare.sh ;;
 	lint) scripts/lint.sh ;;
-	unit) python -m pytest tests/unit -q -n 2 ;;
+	unit) bounded python -m pytest tests/unit -q -n 2 ;;
 	# Most of it waits: for leases, timeouts, builds. Tests are shared out one by one (tests/integration/conftest.py).
-	integration) python -m tests.support.backends python -m pytest tests/integration -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 ;;
-	fuzz) python -m pytest tests/fuzz -q ;;
-	faults) python -m pytest tests/faults -v --durations=10 ;;
-	molecule) scripts/test-molecule.sh ;;
-	e2e) python -m pytest tests/e2e -v -m "not cluster" --durations=10 ;;
-	fresh) python -m pytest tests/fresh -v -s -k "${FRESH:-debian13}" ;;
+	integration) bounded python -m tests.support.backends python -m pytest tests/integration -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 ;;
+	fuzz) bounded python -m pytest tests/fuzz -q ;;
+	faults) bounded python -m pytest tests/faults -v --durations=10 ;;
+	molecule) bounded scripts/test-molecule.sh ;;
+	e2e) bounded python -m pytest tests/e2e -v -m "not cluster" --durations=10 ;;
+	fresh) bounded python -m pytest tests/fresh -v -s -k "${FRESH:-debian13}" ;;
 	cluster) ROLLOUT_EVERY=1 python -m pytest tests/unit/modules/test_rollout_breaks_off.py tests/e2e/test_rollout.py tests/cluster -v --durations=10 ;; # only by its name: make test-cluster
 	*)
 		echo "There is no phase $1: lint unit fuzz integration molecule e2e faults fresh cluster" >&2

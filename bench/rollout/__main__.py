@@ -1,7 +1,10 @@
 """Measures a quick update, a run with nothing to do, `--tags verify` and a rollback, beside the old update procedure.
 
-python -m bench.rollout                 # three rounds; the first run of the site is broken down by role
-python -m bench.rollout --rounds 1
+make bench-rollout                      # three rounds; the first run of the site is broken down by role
+make bench-rollout ARGS="--rounds 1"
+make bench-rollout ARGS=--hosts         # what a further webhook host costs when nothing changed, over real SSH
+
+Ends with 1 when a bound is not met.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +31,18 @@ from nacl.signing import SigningKey
 
 from bench.rollout.old import OldStack
 from bench.rollout.sender import Stream
-from tests.support.sites import REPO, Site
+from tests.support.cluster import Cluster
+from tests.support.sites import REPO, PlaybookResult, Site
 
 NAME, NUMBER = "wht-bench", 8
 RATE = 50.0
-RESULTS = REPO / "bench" / "results" / "rollout.json"
+RESULTS = REPO / "bench" / "results"
 BOUNDS = {"nothing to do": 10.0, "verify": 5.0, "rollback": 12.0}
-"""Seconds that may be taken (issue of the rollout)."""
+"""Seconds that may be taken, as medians."""
+FURTHER_HOST = 1.0
+"""Seconds that a further host may cost when nothing changed."""
+OURS = ("update", "rollback", "forward again")
+"""What no delivery may fail in."""
 
 
 def main() -> None:
@@ -43,27 +53,38 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--hosts", action="store_true", help="measure the cost of a further webhook host instead"
+    )
     parser.add_argument("--no-keep", action="store_true", help="print only")
     options = parser.parse_args()
+    name, measure, tell = (
+        ("rollout-hosts", further_host, show_hosts) if options.hosts else ("rollout", run, show)
+    )
+    keep = (lambda _result: None) if options.no_keep else partial(write, RESULTS / f"{name}.json")
     with tempfile.TemporaryDirectory() as directory:
-        result = run(Path(directory), options.rounds)
-    show(result)
-    if not options.no_keep:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nkept in {RESULTS.relative_to(REPO)}")
+        result = measure(Path(directory), options.rounds, keep)
+    tell(result)
+    if missed := result["missed"]:
+        sys.exit("Bounds that were not met:\n" + "\n".join(f"- {line}" for line in missed))
 
 
-def run(work: Path, rounds: int) -> dict[str, Any]:
+def write(file: Path, result: dict[str, Any]) -> None:
+    """Keep a result, also one of a run that is not at its end."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run(work: Path, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All measurements: the old way and ours take turns in every round."""
     source = work / "webhook"
     shutil.copytree(REPO / "webhook", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     site = Site(NAME, work / "site", NUMBER, {"images_source": str(source)})
-    load = os.getloadavg()[0]
-    measured: dict[str, list[dict[str, Any]]] = {}
+    result = opening(rounds) | {"rate": RATE}
+    measured: dict[str, list[dict[str, Any]]] = result.setdefault("measured", {})
     with ExitStack() as stack:
         stack.callback(site.teardown)
-        first = first_run(site)
+        result["first_run"] = first_run(site)
         key = SigningKey(bytes.fromhex(site.secret("fal_dev_key")))
         old = OldStack(site, work / "old", base_image())
         stack.callback(old.remove)
@@ -72,14 +93,48 @@ def run(work: Path, rounds: int) -> dict[str, Any]:
             for name, sample in one_round(site, old, key, source, number):
                 measured.setdefault(name, []).append(sample)
                 print(f"round {number}: {name}: {sample}", flush=True)
+                keep(result)
+            forget_deliveries(site)
+    result["machine"]["load_after"] = os.getloadavg()[0]
+    result["missed"] = judge(measured)
+    keep(result)
+    return result
+
+
+def opening(rounds: int) -> dict[str, Any]:
+    """What every result begins with."""
     return {
         "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": {"cpus": os.cpu_count(), "load_before": load, "load_after": os.getloadavg()[0]},
+        "machine": {"cpus": os.cpu_count(), "load_before": os.getloadavg()[0]},
         "rounds": rounds,
-        "rate": RATE,
-        "first_run": first,
-        "measured": measured,
     }
+
+
+def judge(measured: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The bounds that were not met, in words."""
+    missed = [
+        f"{name}: {middle(measured[name], 'seconds'):.1f} s, at most {bound:g}"
+        for name, bound in BOUNDS.items()
+        if middle(measured[name], "seconds") > bound
+    ]
+    ours, old = middle(measured["update"], "serving_s"), middle(measured["old update"], "seconds")
+    if ours > old:
+        missed.append(
+            f"update: both instances served it after {ours:.1f} s, the old procedure took {old:.1f}"
+        )
+    missed += [
+        f"{name}: {total(measured[name], 'failed')} failed"
+        for name in OURS
+        if total(measured[name], "failed")
+    ]
+    return missed
+
+
+def forget_deliveries(site: Site) -> None:
+    """What a round sent waits for avatars that never come: the next round is not to carry it."""
+    command = ["docker", "exec", f"{site.name}-postgres", "psql", "-qU", "postgres", "aisha", "-c"]
+    statement = "DELETE FROM webhook.deliveries WHERE request_id LIKE 'bench-rollout-%'"
+    subprocess.run([*command, statement], capture_output=True, check=True)
 
 
 def one_round(
@@ -126,8 +181,46 @@ def one_round(
             edge, ports, key, lambda: site.site("--tags", "update").must_pass(), lambda seen: seen == changed
         ),
     )
-    yield "nothing to do", timed(lambda: site.site().must_pass())
+    yield "nothing to do", timed(lambda: nothing_changed(site.site()))
     yield "verify", timed(lambda: site.site("--tags", "verify").must_pass())
+
+
+def nothing_changed(done: PlaybookResult) -> None:
+    """A run that had nothing to do says so."""
+    assert done.must_pass().recap["changed"] == 0, done.output[-3000:]
+
+
+def further_host(work: Path, rounds: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A site of two webhook hosts over real SSH: a run with nothing to do on one of them, and on both."""
+    cluster = Cluster("wht-bench-hosts", work, 14)
+    result = opening(rounds)
+    seconds: dict[str, list[float]] = result.setdefault("seconds", {"one host": [], "two hosts": []})
+    try:
+        cluster.make()
+        cluster.make_infrastructure()
+        cluster.site().must_pass()
+        for number in range(1, rounds + 1):
+            for name, limit in (("one host", ["--limit", "localhost,webhook-1"]), ("two hosts", [])):
+                done = cluster.site(*limit).must_pass()
+                assert set(done.changed.values()) == {0}, done.recap
+                seconds[name].append(round(done.seconds, 1))
+                print(f"round {number}: {name}: {done.seconds:.1f} s", flush=True)
+                keep(result)
+    finally:
+        cluster.down()
+    result["machine"]["load_after"] = os.getloadavg()[0]
+    cost = statistics.median(seconds["two hosts"]) - statistics.median(seconds["one host"])
+    result["further_host_s"] = round(cost, 2)
+    result["missed"] = [f"a further host costs {cost:.1f} s"] if cost >= FURTHER_HOST else []
+    keep(result)
+    return result
+
+
+def show_hosts(result: dict[str, Any]) -> None:
+    """Print medians."""
+    for name, samples in result["seconds"].items():
+        print(f"{name:10}{statistics.median(samples):>8.1f} s")
+    print(f"a further host: {result['further_host_s']:.1f} s (less than {FURTHER_HOST:g})")
 
 
 def first_run(site: Site) -> dict[str, Any]:
@@ -162,9 +255,7 @@ def watch(ports: tuple[int, ...], new: Callable[[str], bool]) -> Iterator[dict[s
 
     def look() -> None:
         while not ended.wait(0.1):
-            if all(new(version) for version in map(version_of, ports) if version) and all(
-                map(version_of, ports)
-            ):
+            if all(version and new(version) for version in map(version_of, ports)):
                 seen["seconds"] = round(time.monotonic() - started, 1)
                 return
 
@@ -194,8 +285,9 @@ def timed(act: Callable[[], object]) -> dict[str, Any]:
 
 
 def base_image() -> str:
-    """The base image that the site's run used: the newest."""
-    command = ["docker", "image", "ls", "aisha-base", "--format", "{{.Repository}}:{{.Tag}}"]
+    """The base image that the site's run used: the newest that has a tag."""
+    command = ["docker", "image", "ls", "aisha-base", "--filter", "dangling=false"]
+    command += ["--format", "{{.Repository}}:{{.Tag}}"]
     found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return found[0]
 
@@ -230,10 +322,12 @@ def show(result: dict[str, Any]) -> None:
             line += f"{max(s['slowest_s'] for s in samples):>8.2f}s"
         bound = BOUNDS.get(name)
         print(line + (f"   (at most {bound:.0f})" if bound else ""))
-    ratio = middle(result["measured"]["update"], "seconds") / middle(
-        result["measured"]["old update"], "seconds"
+    measured = result["measured"]
+    old = middle(measured["old update"], "seconds")
+    print(
+        f"\nupdate: {middle(measured['update'], 'seconds') / old:.2f} of the old procedure's time to its end, "
+        f"{middle(measured['update'], 'serving_s') / old:.2f} until both instances serve what is new"
     )
-    print(f"\nupdate: {ratio:.2f} of the old procedure's time")
 
 
 def middle(samples: list[dict[str, Any]], figure: str) -> float:

@@ -64,8 +64,11 @@ class OldStack:
 
     def remove(self) -> None:
         """Take it away."""
-        self._compose("down", "--volumes", "--timeout", "5")
-        subprocess.run(["docker", "image", "rm", "--force", self._image], capture_output=True, check=False)
+        try:
+            self._compose("down", "--volumes", "--timeout", "5")
+        finally:
+            command = ["docker", "image", "rm", "--force", self._image]
+            subprocess.run(command, capture_output=True, check=False)
 
     def _build(self, source: Path, version: str) -> None:
         authorities = Path("/etc/ssl/certs/ca-certificates.crt")
