@@ -1,4 +1,7 @@
-"""The rollout on the site of these tests, under a stream of deliveries: the short form of tests/cluster/test_rollout.py."""
+"""The rollout on the site of these tests, under a stream of deliveries: the short form of tests/cluster/test_rollout.py.
+
+`make test` runs a bad release and a good one; the kills are part of `make test-cluster`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from tests.e2e.conftest import Stack, wait_for
 from tests.support.rollouts import Host, of_kind
 from tests.support.steady import Steady
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.cluster]
+pytestmark = pytest.mark.timeout(900)
 KILLS, SEED = 3, 20261123
 #: Sessions of other tests keep connections that nobody uses: a replaced nginx need not wait for them.
 KEEPALIVE = 3
@@ -86,6 +89,7 @@ def test_no_request_fails_whatever_the_release_is_like(stack: Stack, host: Host)
     assert len(rows) == len(set(rows))
 
 
+@pytest.mark.cluster
 def test_killed_anywhere_it_serves_on_and_the_next_run_completes(stack: Stack, host: Host) -> None:
     chance = random.Random(SEED)
     base = host.current

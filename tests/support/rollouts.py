@@ -23,6 +23,7 @@ from tests.support.sites import REPO, Site
 if str(REPO / "module_utils") not in ansible.module_utils.__path__:
     ansible.module_utils.__path__.insert(0, str(REPO / "module_utils"))
 
+from ansible.module_utils.deploy_lock import DeployLock
 from ansible.module_utils.release import ReleaseStore, WantedFile, plan_release
 
 COMPOSE = "docker-compose.webhook.prod.yml"
@@ -183,6 +184,11 @@ class Host:
     def switches(self) -> list[str]:
         """Switch files that are there."""
         return sorted(path.name for path in (self.site.home / "state").iterdir())
+
+    @property
+    def locked(self) -> bool:
+        """Whether somebody has the deployment's lock, or left it behind."""
+        return DeployLock(self.site.home).read() is not None
 
     def containers(self) -> dict[str, Document]:
         """The lasting containers of the stack by name: running ones and others."""

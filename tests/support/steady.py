@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psycopg
+
 REPO = Path(__file__).resolve().parents[2]
 PATH = "/api/v1/avatar/status_update"
 #: fal waits this long.
@@ -95,6 +97,20 @@ class Steady:
             told = [a for a in told if not (a[2] == 503 and a[3].startswith('{"error":'))]
             assert len(self.failures) <= len(self.attempts) / 10, self.summary()
         assert not told, self.summary()
+
+    def must_be_stored_once(self, database: str, seconds: float = 120) -> None:
+        """Assert that each delivery that was answered with 200 is one row; what stands in the spool is on its way."""
+        deadline = time.monotonic() + seconds
+        while True:
+            with psycopg.connect(database) as connection:
+                sent = "SELECT request_id FROM webhook.deliveries WHERE request_id LIKE %s"
+                rows = [row[0] for row in connection.execute(sent, [f"{self.name}-%"])]
+            missing = set(self.accepted) - set(rows)
+            if not missing or time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        assert not missing, f"{len(missing)} of {len(self.accepted)} were answered with 200 and are no row"
+        assert len(rows) == len(set(rows))
 
     def summary(self) -> str:
         """Numbers for people, and the first failures."""
