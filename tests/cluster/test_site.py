@@ -14,7 +14,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.support.cluster import REPO, Cluster, Machine
+from tests.support.cluster import REPO, Cluster, Machine, wait_for
+from tests.support.steady import Steady
 
 NAME = "wht-site"
 NUMBER = 13
@@ -146,6 +147,25 @@ def test_the_pages_commands_work_as_they_are_typed(deployed: Cluster) -> None:
         )
         assert run.returncode == 0, f"{command}: {run.stdout[-3000:]}{run.stderr[-2000:]}"
         assert not re.search(r"^webhook-\d\s.*(changed|failed|unreachable)=[1-9]", run.stdout, re.MULTILINE)
+
+
+# -- the engine ------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_ends_and_starts_again_fails_no_request(deployed: Cluster) -> None:
+    """`live-restore`: containers go on while there is no engine. Role `engine` starts it again, and changes nothing else."""
+    here = deployed.webhooks[0]
+    before = here.containers()
+    address = f"http://{here.address}", f"https://{here.address}:8443"
+    with Steady(*address, deployed.secret("fal_webhook_secret"), clients=3, pause=0.1) as steady:
+        here.run("kill -TERM $(pgrep -x dockerd) && while pgrep -x dockerd; do sleep 0.1; done")
+        steady.wait_for(150)
+        deployed.site("--tags", "engine", "--limit", "localhost,webhook-1").must_pass()
+        wait_for(lambda: here.succeeds("docker info"), "the engine")
+        steady.wait_for(150)
+    print(steady.summary())
+    assert not steady.failures, steady.summary()
+    assert here.containers() == before
 
 
 # -- what stops a deployment ------------------------------------------------------------------------------------------
