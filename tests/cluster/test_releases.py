@@ -65,15 +65,15 @@ def hooks(site: Site, tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.fixture
 def runs(site: Site) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `site.yml` and do not wait for it."""
+    """Start `site.yml` (or another playbook) and do not wait for it."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: str) -> subprocess.Popen[str]:
+    def begin(*arguments: str, playbook: str = "site.yml") -> subprocess.Popen[str]:
         command = [
             str(Path(sys.executable).parent / "ansible-playbook"),
             "-i",
             str(site.directory),
-            "site.yml",
+            playbook,
             *arguments,
         ]
         environment = {**os.environ, "ANSIBLE_NOCOLOR": "1"}
@@ -266,6 +266,31 @@ def test_the_way_back_needs_no_registry_and_is_told_to_the_hooks(
     site.playbook("playbooks/rollback.yml", "-e", f"release={before}").must_pass()
     assert current(site) == before
     assert status(site, tmp_path)["findings"] == []
+
+
+def test_a_way_back_that_waited_for_a_deployment_goes_nowhere_by_itself(
+    site: Site, hooks: Callable[..., Path], runs: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """After it, the release of before is the one that was to be left."""
+    go, before = tmp_path / "go", current(site)
+    meant = os.path.basename(os.readlink(site.home / "previous"))
+    heard = hooks("pre-deploy", f"while [ ! -e {go} ]; do sleep 0.1; done")
+    first = runs("--tags", "stack,rollout", "-e", "stack_log_level=ERROR")
+    wait_for("the first run's hook", heard.exists)
+    waiting = runs("-e", "lock_wait_seconds=1200", playbook="playbooks/rollback.yml")
+    assert waiting.stdout is not None
+    told = ""
+    while "Waiting 1200 s" not in told:
+        line = waiting.stdout.readline()
+        assert line, told
+        told += line
+    go.touch()
+    outputs = [first.communicate(timeout=900)[0], waiting.communicate(timeout=1200)[0]]
+    assert (first.returncode, waiting.returncode) == (0, 2), outputs
+    assert f"-e release={meant}" in " ".join(outputs[1].split())
+    assert os.path.basename(os.readlink(site.home / "previous")) == before
+    assert current(site) not in (before, meant)
+    assert lock_of(site) is None
 
 
 def test_what_cannot_be_gone_back_to_is_refused_with_what_can(site: Site) -> None:
