@@ -7,7 +7,7 @@ same path, to the release that `current` names. A kill at any moment leaves a ho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,18 @@ from ansible.module_utils.release import ReleaseError, ReleaseStore
 from ansible.module_utils.rollout.compose import Project, is_healthy
 from ansible.module_utils.rollout.edge import Edge
 from ansible.module_utils.rollout.evidence import collect, tell
-from ansible.module_utils.rollout.gates import Asking, Gate
+from ansible.module_utils.rollout.gates import Asking, Gate, health_fault
 from ansible.module_utils.rollout.instances import Instances
 from ansible.module_utils.rollout.journal import Journal, only_one
 from ansible.module_utils.rollout.leftovers import Leftovers
-from ansible.module_utils.rollout.model import Release, RolloutError, Settings, parse_release, unlike
+from ansible.module_utils.rollout.model import (
+    Release,
+    RolloutError,
+    Service,
+    Settings,
+    parse_release,
+    unlike,
+)
 from ansible.module_utils.rollout.plan import RolloutPlan, as_result, make_rollout_plan, risks
 from ansible.module_utils.rollout.prepare import Preparation
 from ansible.module_utils.rollout.signals import StopRequest
@@ -98,13 +105,15 @@ class Rollout:
     def plan(self, target: Release, contents: Mapping[str, str] | None = None) -> RolloutPlan:
         """What differs."""
         planned, orphans = self._project(target).plan(target, contents)
-        healthy = [
-            service.name
-            for service in target.services
-            if service.kind != "edge" and is_healthy(self._engine.inspect(service.container))
-        ]
+        serving = [service.name for service in target.services if self._serves(service)]
         current = self._store.linked("current")
-        return make_rollout_plan(target, current, planned, orphans, healthy, self._switches.out())
+        return make_rollout_plan(target, current, planned, orphans, serving, self._switches.out())
+
+    def _serves(self, service: Service) -> bool:
+        """An instance that answers now, a worker that docker calls healthy: it cannot be asked."""
+        if service.kind == "api":
+            return bool(self._asking.local(service.port).status == 200)
+        return bool(service.kind == "worker" and is_healthy(self._engine.inspect(service.container)))
 
     def foresee(self, target: Release, contents: Mapping[str, str]) -> dict[str, Any]:
         """Check mode: the plan, with what would be pulled, and nothing else."""
@@ -191,6 +200,7 @@ class Rollout:
         with self._journal.step("current"):
             self._store.activate(release.id)
         self._remove_orphans(plan)
+        self._take_in_what_is_no_service(release)
 
     def _migrate(self, release: Release) -> None:
         try:
@@ -301,7 +311,7 @@ class Rollout:
         """(result, what was done, what to do next)."""
         again = "run the deployment again"
         if not self._journal.touched:
-            self._take_all_in(target)
+            self._take_all_in(current or target)
             return "failed", "no container was replaced, what served goes on as it was", again
         if current is None or current.id == target.id:
             look = f"docker compose -f {target.compose_file} logs"
@@ -332,7 +342,7 @@ class Rollout:
             for service in back.keep:  # first: one that is switched off counts as none that serves
                 if service.kind == "api":
                     instances.prove(service, current)
-            for service in sorted(back.replace, key=lambda service: service.kind == "edge", reverse=True):
+            for service in _in_order(back.replace, self._switches.out()):
                 if service.kind == "edge":
                     edge.replace(current)
                     nginx = edge.control(current)
@@ -348,9 +358,16 @@ class Rollout:
         return [service.name for service in back.replace]
 
     def _take_all_in(self, release: Release) -> None:
+        """Use again what answers for the release. What does not stays out, until a rollout has proven it."""
+        self._take_in_what_is_no_service(release)
         for name in self._switches.out():
             service = release.service(name)
-            if service is None or is_healthy(self._engine.inspect(service.container)):
+            if service and not health_fault(self._asking.local(service.port), release.webhook_release):
+                self._switches.take_in(name)
+
+    def _take_in_what_is_no_service(self, release: Release) -> None:
+        for name in self._switches.out():
+            if release.service(name) is None:
                 self._switches.take_in(name)
 
     def _recorded(self, result: str, reason: str, failed_at: str = "") -> dict[str, Any]:
@@ -406,6 +423,11 @@ class Rollout:
             "record": dict(record),
             "seconds": record["seconds"],
         }
+
+
+def _in_order(services: Iterable[Service], out: Collection[str]) -> list[Service]:
+    """nginx first; then what is out of use: one in use could not be taken out while it is the only one."""
+    return sorted(services, key=lambda service: (service.kind != "edge", service.name not in out))
 
 
 def _as_error(error: BaseException) -> RolloutError:

@@ -39,6 +39,7 @@ class World:
         self.containers: list[dict[str, Any]] = []
         self.calls, self.fuse, self.broken, self.signal = 0, 0, 0, 0
         self.guarded = False
+        self.options: dict[str, Any] = {}
         self.stop = StopRequest()
         self._serial = itertools.count(1)
         self.store = ReleaseStore(str(site))
@@ -79,6 +80,7 @@ class World:
             gate_timeout=0.01,
             drain_seconds=0,
             wait=0,
+            **self.options,
         )
         rollout = Rollout(settings, self, self, stop=self.stop, sleep=lambda _seconds: None)
         return rollout.run(rollout.load(release))
@@ -264,7 +266,8 @@ class World:
 
 
 def _healthy(container: dict[str, Any]) -> bool:
-    return container["State"].get("Health", {}).get("Status") == "healthy"
+    """Whether it answers: when docker says so, or (`Answers`) before docker knows."""
+    return bool(container.get("Answers")) or container["State"].get("Health", {}).get("Status") == "healthy"
 
 
 def _hash(service: dict[str, Any]) -> str:
