@@ -41,8 +41,8 @@ class Answer:
         return document if isinstance(document, dict) else {}
 
 
-def health_fault(answer: Answer, release: str) -> str:
-    """What is wrong with an answer of /health; empty when it is healthy and of the release."""
+def health_fault(answer: Answer, release: str | None) -> str:
+    """What is wrong with an answer of /health; empty when it is healthy and of the release (None: of whichever)."""
     document = answer.json()
     if answer.status == 0:
         return f"no answer ({answer.text})"
@@ -54,7 +54,7 @@ def health_fault(answer: Answer, release: str) -> str:
         ]
         shown = f"status {document.get('status')!r}" if document else repr(answer.text[:SHOWN])
         return f"HTTP {answer.status}, {shown}" + (f"; not ok: {', '.join(bad)}" if bad else "")
-    if document.get("release") != release:
+    if release is not None and document.get("release") != release:
         return f"it names release {document.get('release')!r}, expected {release!r}"
     return ""
 

@@ -214,8 +214,9 @@ class Rollout:
 
     def _one_by_one(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         release = plan.release
-        control = edge.control(release)
-        if plan.instances and not control:
+        asked = plan.instances or plan.out
+        control = edge.control(release) if asked else ""
+        if asked and not control:
             self._warn(
                 "The nginx that runs has no control socket (it is down, or of an older release): instances are proven by "
                 "themselves, and a request may meet one that is just being replaced."
@@ -247,13 +248,13 @@ class Rollout:
                 instances.start(services, release)
         with self._journal.step("health"):
             instances.healthy([service for service in services if service.kind != "edge"])
+        for service in release.instances:
+            instances.prove(service, release)
         nginx = plan.edge
         if nginx and nginx.action == "replace":
             edge.replace(release)
         elif nginx:
             edge.adopt(release)
-        for service in release.instances:
-            instances.prove(service, release)
 
     def _final(self, release: Release, settings: Settings | None = None) -> None:
         """What the world sees: every public port leads to this release, N times in a row."""
@@ -338,17 +339,14 @@ class Rollout:
             planned, _ = self._project(current).plan(current)
             back = plan_undo(current, self._journal.touched, planned)
             self._preparation.pull(self._preparation.missing(current) if back.replace else [])
-            nginx = edge.control(current)
             for service in back.keep:  # first: one that is switched off counts as none that serves
                 if service.kind == "api":
                     instances.prove(service, current)
             for service in _in_order(back.replace, self._switches.out()):
                 if service.kind == "edge":
-                    edge.replace(current)
-                    nginx = edge.control(current)
+                    edge.replace(current, settled=False)
                 else:
-                    through = nginx if service.kind == "api" and edge.knows(nginx, service.name) else ""
-                    instances.replace(service, current, through)
+                    instances.replace(service, current, self._way_through(edge, current, service))
             self._take_all_in(current)
             for name in back.remove:
                 self._project(current).clear(name)
@@ -356,6 +354,17 @@ class Rollout:
                 self._store.activate(current.id)
         self._final(current, self._patient())
         return [service.name for service in back.replace]
+
+    def _way_through(self, edge: Edge, release: Release, service: Service) -> str:
+        """The nginx through which an instance is proven on the way back, which one that cannot be asked does not hold up."""
+        if service.kind != "api":
+            return ""
+        try:
+            nginx = edge.control(release)
+            return nginx if edge.knows(nginx, service.name) else ""
+        except RolloutError as error:
+            self._warn(f"{service.name} is put back without a look through nginx: {error.message}")
+            return ""
 
     def _take_all_in(self, release: Release) -> None:
         """Use again what answers for the release. What does not stays out, until a rollout has proven it."""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ansible.module_utils.docker_engine import EngineError
 from ansible.module_utils.rollout import edge, run
 from ansible.module_utils.rollout.gates import Asking
 from ansible.module_utils.rollout.model import RolloutError
@@ -148,3 +149,41 @@ def test_one_that_answers_before_docker_calls_it_healthy_is_not_replaced_first(m
     second["State"] = {"Status": "exited", "ExitCode": 1}
     assert world.run(new)["pending"][:2] == ["api-2", "api-1"]
     assert world.state() == world.at(new)
+
+
+# nginx that cannot be asked
+
+
+def _deaf(self, _identity, _command):
+    raise EngineError("unreachable", "cannot run curl: timed out")
+
+
+def test_while_nginx_cannot_be_asked_no_instance_is_replaced_behind_it(make, monkeypatch):
+    world, old, new = make(new={})
+    monkeypatch.setattr(World, "run_in", _deaf)
+    with pytest.raises(RolloutError, match="could not be asked for /edge_alive") as caught:
+        world.run(new)
+    assert caught.value.evidence["result"] == "failed"
+    assert "no container was replaced" in str(caught.value)
+    assert world.state() == world.at(old)
+
+
+def test_the_way_back_is_not_held_up_by_an_nginx_that_cannot_be_asked(make, monkeypatch):
+    world, old, new = make(new={"worker": {"crash": True}})
+    worker_begun, asked, tick = [], World.run_in, world.tick
+    world.tick = lambda: (_says(world, "worker") == "new" and worker_begun.append(True)) or tick()
+    monkeypatch.setattr(World, "run_in", lambda *args: (_deaf if worker_begun else asked)(*args))
+    with pytest.raises(RolloutError, match="crashes again and again"):
+        world.run(new)
+    assert world.result() == "rolled_back"
+    assert world.state() == world.at(old)
+
+
+def test_where_nothing_runs_an_instance_of_another_release_is_named_as_that(tmp_path, monkeypatch):
+    world = World(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)
+    monkeypatch.setattr(Asking, "local", lambda _self, *args, **options: world.local(*args, **options))
+    first = world.release("first", "e-first", api_2={"says": "other"})
+    with pytest.raises(RolloutError, match="it names release 'other', expected 'first'") as caught:
+        world.run(first)
+    assert caught.value.reason == "wrong_release"
