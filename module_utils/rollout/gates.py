@@ -59,6 +59,14 @@ def health_fault(answer: Answer, release: str | None) -> str:
     return ""
 
 
+def edge_fault(answer: Answer, edge: str) -> str:
+    """What is wrong with an answer of /edge_alive over the control socket; empty when it is that edge's."""
+    if answer.status != 200:
+        return f"nginx's control socket: {answer.text.strip()[:SHOWN] or f'HTTP {answer.status}'}"
+    found = answer.text.strip()
+    return "" if found == edge else f"nginx has configuration {found!r}, expected {edge!r}"
+
+
 class Asking:
     """Asks instances on loopback, nginx on its public ports, and nginx over its control socket."""
 
@@ -131,13 +139,7 @@ class Asking:
 
     def edge(self, container: str, release: Release) -> str:
         """nginx answers with the configuration of the release."""
-        answer = self.control(container, "/edge_alive")
-        if answer.status != 200:
-            return f"nginx's control socket: {answer.text.strip()[:SHOWN] or f'HTTP {answer.status}'}"
-        found = answer.text.strip()
-        return (
-            "" if found == release.edge else f"nginx has configuration {found!r}, expected {release.edge!r}"
-        )
+        return edge_fault(self.control(container, "/edge_alive"), release.edge)
 
     def public(self, release: Release) -> str:
         """Every public port leads to the release."""

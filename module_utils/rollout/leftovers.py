@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ansible.module_utils.docker_cli import Docker
-from ansible.module_utils.docker_engine import Engine
 from ansible.module_utils.rollout.compose import Project
 from ansible.module_utils.rollout.edge import Edge
 from ansible.module_utils.rollout.model import Release
 from ansible.module_utils.rollout.prepare import TEST_LABEL
+from ansible.module_utils.rollout.rehearsal import Rehearsal
 from ansible.module_utils.rollout.switch import Switches
 
 
@@ -15,16 +15,17 @@ class Leftovers:
     """Clears up, and says what it did. Touches nothing where nothing is left."""
 
     def __init__(
-        self, project: Project, docker: Docker, engine: Engine, edge: Edge, switches: Switches
+        self, project: Project, docker: Docker, edge: Edge, switches: Switches, rehearsal: Rehearsal
     ) -> None:
-        self._project, self._docker, self._engine = project, docker, engine
-        self._edge, self._switches = edge, switches
+        self._project, self._docker = project, docker
+        self._edge, self._switches, self._rehearsal = edge, switches, rehearsal
 
     def clear(self, target: Release, current: Release | None, *, throwaways: bool) -> list[str]:
-        """One nginx, no stale switch, no half-run migration. With `throwaways`, those of nginx -t as well (a look more)."""
+        """One nginx, no stale switch, no half-run migration. With `throwaways`, what was only tried too (a look more)."""
         told: list[str] = self._one_offs() + self._edge.resolve(target, current)
         if throwaways:
             self._throwaways(target)
+            self._rehearsal.clear(target)
         return [*told, *self._switched_off(target)]
 
     def _switched_off(self, target: Release) -> list[str]:

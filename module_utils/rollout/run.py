@@ -33,6 +33,7 @@ from ansible.module_utils.rollout.model import (
 )
 from ansible.module_utils.rollout.plan import RolloutPlan, as_result, make_rollout_plan, risks
 from ansible.module_utils.rollout.prepare import Preparation
+from ansible.module_utils.rollout.rehearsal import Rehearsal
 from ansible.module_utils.rollout.signals import StopRequest
 from ansible.module_utils.rollout.switch import Switches
 from ansible.module_utils.rollout.undo import plan_undo
@@ -162,7 +163,7 @@ class Rollout:
                 "this run completes or undoes it."
             )
         edge, instances = self._rooms(target)
-        leftovers = Leftovers(self._project(target), self._docker, self._engine, edge, self._switches)
+        leftovers = Leftovers(self._project(target), self._docker, edge, self._switches, self._rehearsal())
         cleared = leftovers.clear(target, current, throwaways=interrupted is not None)
         for text in cleared:
             self._warn(f"Left by a run that did not end: {text}.")
@@ -232,7 +233,13 @@ class Rollout:
         for task in plan.others:
             instances.replace(task.service, release)
         if plan.edge:
-            edge.replace(release)
+            self._replace_edge(release, edge)
+
+    def _replace_edge(self, release: Release, edge: Edge) -> None:
+        """Where clients have an nginx, the new one shows first, out of their sight, that it leads to the release."""
+        if edge.serving(release):
+            self._rehearsal().hold(release)
+        edge.replace(release)
 
     def _start_all(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         """No instance runs: nothing is served that could be interrupted, so all start at once."""
@@ -252,7 +259,7 @@ class Rollout:
             instances.prove(service, release)
         nginx = plan.edge
         if nginx and nginx.action == "replace":
-            edge.replace(release)
+            self._replace_edge(release, edge)
         elif nginx:
             edge.adopt(release)
 
@@ -404,6 +411,11 @@ class Rollout:
         shared = (self._project(release), self._engine, self._asking, gate, self._switches, self._journal)
         instances = Instances(*shared, self._stop, settings, sleep=self._sleep)
         return Edge(*shared, self._stop, settings, instances, sleep=self._sleep), instances
+
+    def _rehearsal(self) -> Rehearsal:
+        gate = self._gate(self._settings)
+        shared = (self._journal, self._stop, self._settings, self._warn)
+        return Rehearsal(self._docker, self._engine, gate, *shared)
 
     def _gate(self, settings: Settings) -> Gate:
         return Gate(settings.gate_count, settings.gate_interval, settings.gate_timeout, sleep=self._sleep)
