@@ -223,8 +223,8 @@ container:
   type: dict
 reason:
   description: V(no_release), V(damaged), V(bad_release), V(locked), V(image_missing), V(edge_refused),
-    V(rehearsal_failed), V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed), V(no_other_instance),
-    V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
+    V(rehearsal_failed), V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed),
+    V(no_other_instance), V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
   returned: on failure
   type: str
 """
