@@ -13,7 +13,8 @@ description:
     refused is tried - images are pulled by digest unless they are here, nginx tests its configuration, the
     database is migrated. Then instances are replaced one after the other, each taken out of use by a switch
     file, then the worker, then nginx with two containers side by side. Every step is behind a gate of
-    consecutive healthy answers that name the release.
+    consecutive healthy answers that name the release. A new nginx is rehearsed first, on sockets that no
+    client can reach.
   - When a step fails, what was replaced becomes the current release's again by the same path, and the module
     fails with what happened, the container's state, health log and last lines.
   - It goes on when its controller goes away, ends in order when it gets SIGTERM or SIGINT, and completes or undoes
@@ -222,8 +223,8 @@ container:
   type: dict
 reason:
   description: V(no_release), V(damaged), V(bad_release), V(locked), V(image_missing), V(edge_refused),
-    V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed), V(no_other_instance),
-    V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
+    V(rehearsal_failed), V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed),
+    V(no_other_instance), V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
   returned: on failure
   type: str
 """

@@ -15,8 +15,8 @@ COMPOSE_FILE = "docker-compose.webhook.prod.yml"
 class RolloutError(Exception):
     """A rollout cannot go on. `str()` gives fault and remedy.
 
-    `reason`: no_release, damaged, bad_release, locked, image_missing, edge_refused, migration_failed, start_failed,
-    unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted, engine, io, defect.
+    `reason`: no_release, damaged, bad_release, locked, image_missing, edge_refused, rehearsal_failed, migration_failed,
+    start_failed, unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted, engine, io, defect.
     """
 
     def __init__(

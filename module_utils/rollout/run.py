@@ -7,7 +7,7 @@ same path, to the release that `current` names. A kill at any moment leaves a ho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,21 @@ from ansible.module_utils.release import ReleaseError, ReleaseStore
 from ansible.module_utils.rollout.compose import Project, is_healthy
 from ansible.module_utils.rollout.edge import Edge
 from ansible.module_utils.rollout.evidence import collect, tell
-from ansible.module_utils.rollout.gates import Asking, Gate
+from ansible.module_utils.rollout.gates import Asking, Gate, health_fault
 from ansible.module_utils.rollout.instances import Instances
 from ansible.module_utils.rollout.journal import Journal, only_one
 from ansible.module_utils.rollout.leftovers import Leftovers
-from ansible.module_utils.rollout.model import Release, RolloutError, Settings, parse_release, unlike
+from ansible.module_utils.rollout.model import (
+    Release,
+    RolloutError,
+    Service,
+    Settings,
+    parse_release,
+    unlike,
+)
 from ansible.module_utils.rollout.plan import RolloutPlan, as_result, make_rollout_plan, risks
 from ansible.module_utils.rollout.prepare import Preparation
+from ansible.module_utils.rollout.rehearsal import Rehearsal
 from ansible.module_utils.rollout.signals import StopRequest
 from ansible.module_utils.rollout.switch import Switches
 from ansible.module_utils.rollout.undo import plan_undo
@@ -98,13 +106,15 @@ class Rollout:
     def plan(self, target: Release, contents: Mapping[str, str] | None = None) -> RolloutPlan:
         """What differs."""
         planned, orphans = self._project(target).plan(target, contents)
-        healthy = [
-            service.name
-            for service in target.services
-            if service.kind != "edge" and is_healthy(self._engine.inspect(service.container))
-        ]
+        serving = [service.name for service in target.services if self._serves(service)]
         current = self._store.linked("current")
-        return make_rollout_plan(target, current, planned, orphans, healthy, self._switches.out())
+        return make_rollout_plan(target, current, planned, orphans, serving, self._switches.out())
+
+    def _serves(self, service: Service) -> bool:
+        """An instance that answers now, a worker that docker calls healthy: it cannot be asked."""
+        if service.kind == "api":
+            return bool(self._asking.local(service.port).status == 200)
+        return bool(service.kind == "worker" and is_healthy(self._engine.inspect(service.container)))
 
     def foresee(self, target: Release, contents: Mapping[str, str]) -> dict[str, Any]:
         """Check mode: the plan, with what would be pulled, and nothing else."""
@@ -153,7 +163,7 @@ class Rollout:
                 "this run completes or undoes it."
             )
         edge, instances = self._rooms(target)
-        leftovers = Leftovers(self._project(target), self._docker, self._engine, edge, self._switches)
+        leftovers = Leftovers(self._project(target), self._docker, edge, self._switches, self._rehearsal())
         cleared = leftovers.clear(target, current, throwaways=interrupted is not None)
         for text in cleared:
             self._warn(f"Left by a run that did not end: {text}.")
@@ -191,6 +201,7 @@ class Rollout:
         with self._journal.step("current"):
             self._store.activate(release.id)
         self._remove_orphans(plan)
+        self._take_in_what_is_no_service(release)
 
     def _migrate(self, release: Release) -> None:
         try:
@@ -204,8 +215,9 @@ class Rollout:
 
     def _one_by_one(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         release = plan.release
-        control = edge.control(release)
-        if plan.instances and not control:
+        asked = plan.instances or plan.out
+        control = edge.control(release) if asked else ""
+        if asked and not control:
             self._warn(
                 "The nginx that runs has no control socket (it is down, or of an older release): instances are proven by "
                 "themselves, and a request may meet one that is just being replaced."
@@ -221,7 +233,13 @@ class Rollout:
         for task in plan.others:
             instances.replace(task.service, release)
         if plan.edge:
-            edge.replace(release)
+            self._replace_edge(release, edge)
+
+    def _replace_edge(self, release: Release, edge: Edge) -> None:
+        """Where clients have an nginx, the new one shows first, out of their sight, that it leads to the release."""
+        if edge.serving(release):
+            self._rehearsal().hold(release)
+        edge.replace(release)
 
     def _start_all(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         """No instance runs: nothing is served that could be interrupted, so all start at once."""
@@ -237,13 +255,13 @@ class Rollout:
                 instances.start(services, release)
         with self._journal.step("health"):
             instances.healthy([service for service in services if service.kind != "edge"])
-        nginx = plan.edge
-        if nginx and nginx.action == "replace":
-            edge.replace(release)
-        elif nginx:
-            edge.adopt(release)
         for service in release.instances:
             instances.prove(service, release)
+        nginx = plan.edge
+        if nginx and nginx.action == "replace":
+            self._replace_edge(release, edge)
+        elif nginx:
+            edge.adopt(release)
 
     def _final(self, release: Release, settings: Settings | None = None) -> None:
         """What the world sees: every public port leads to this release, N times in a row."""
@@ -301,7 +319,7 @@ class Rollout:
         """(result, what was done, what to do next)."""
         again = "run the deployment again"
         if not self._journal.touched:
-            self._take_all_in(target)
+            self._take_all_in(current or target)
             return "failed", "no container was replaced, what served goes on as it was", again
         if current is None or current.id == target.id:
             look = f"docker compose -f {target.compose_file} logs"
@@ -328,17 +346,14 @@ class Rollout:
             planned, _ = self._project(current).plan(current)
             back = plan_undo(current, self._journal.touched, planned)
             self._preparation.pull(self._preparation.missing(current) if back.replace else [])
-            nginx = edge.control(current)
             for service in back.keep:  # first: one that is switched off counts as none that serves
                 if service.kind == "api":
                     instances.prove(service, current)
-            for service in sorted(back.replace, key=lambda service: service.kind == "edge", reverse=True):
+            for service in _in_order(back.replace, self._switches.out()):
                 if service.kind == "edge":
-                    edge.replace(current)
-                    nginx = edge.control(current)
+                    edge.replace(current, settled=False)
                 else:
-                    through = nginx if service.kind == "api" and edge.knows(nginx, service.name) else ""
-                    instances.replace(service, current, through)
+                    instances.replace(service, current, self._way_through(edge, current, service))
             self._take_all_in(current)
             for name in back.remove:
                 self._project(current).clear(name)
@@ -347,10 +362,28 @@ class Rollout:
         self._final(current, self._patient())
         return [service.name for service in back.replace]
 
+    def _way_through(self, edge: Edge, release: Release, service: Service) -> str:
+        """The nginx through which an instance is proven on the way back, which one that cannot be asked does not hold up."""
+        if service.kind != "api":
+            return ""
+        try:
+            nginx = edge.control(release)
+            return nginx if edge.knows(nginx, service.name) else ""
+        except RolloutError as error:
+            self._warn(f"{service.name} is put back without a look through nginx: {error.message}")
+            return ""
+
     def _take_all_in(self, release: Release) -> None:
+        """Use again what answers for the release. What does not stays out, until a rollout has proven it."""
+        self._take_in_what_is_no_service(release)
         for name in self._switches.out():
             service = release.service(name)
-            if service is None or is_healthy(self._engine.inspect(service.container)):
+            if service and not health_fault(self._asking.local(service.port), release.webhook_release):
+                self._switches.take_in(name)
+
+    def _take_in_what_is_no_service(self, release: Release) -> None:
+        for name in self._switches.out():
+            if release.service(name) is None:
                 self._switches.take_in(name)
 
     def _recorded(self, result: str, reason: str, failed_at: str = "") -> dict[str, Any]:
@@ -379,6 +412,11 @@ class Rollout:
         instances = Instances(*shared, self._stop, settings, sleep=self._sleep)
         return Edge(*shared, self._stop, settings, instances, sleep=self._sleep), instances
 
+    def _rehearsal(self) -> Rehearsal:
+        gate = self._gate(self._settings)
+        shared = (self._journal, self._stop, self._settings, self._warn)
+        return Rehearsal(self._docker, self._engine, gate, *shared)
+
     def _gate(self, settings: Settings) -> Gate:
         return Gate(settings.gate_count, settings.gate_interval, settings.gate_timeout, sleep=self._sleep)
 
@@ -406,6 +444,11 @@ class Rollout:
             "record": dict(record),
             "seconds": record["seconds"],
         }
+
+
+def _in_order(services: Iterable[Service], out: Collection[str]) -> list[Service]:
+    """nginx first; then what is out of use: one in use could not be taken out while it is the only one."""
+    return sorted(services, key=lambda service: (service.kind != "edge", service.name not in out))
 
 
 def _as_error(error: BaseException) -> RolloutError:

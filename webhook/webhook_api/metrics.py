@@ -29,6 +29,11 @@ DELIVERIES = Counter(
 """outcome: stored, duplicate, variant (duplicate with another body), kept_aside (see webhook_kept_aside)."""
 REJECTED = Counter("webhook_rejected", "Deliveries not accepted, by reason", ["reason"])
 REQUESTS = Histogram("webhook_request_seconds", "Time to answer", ["endpoint", "code"], buckets=_FAST)
+IN_PROGRESS = Gauge(
+    "webhook_deliveries_in_progress",
+    "Requests by POST that were read in whole and are not answered yet",
+    multiprocess_mode="livesum",
+)
 STORE = Histogram("webhook_store_seconds", "Time to commit one delivery", buckets=_FAST)
 BATCH = Histogram(
     "webhook_commit_rows", "Deliveries that shared a commit", buckets=(1, 2, 4, 8, 16, 32, 64, 128)
