@@ -139,6 +139,27 @@ def test_sigterm_lets_short_attempts_finish(bench: Lab) -> None:
     ).fetchone() == (0,)
 
 
+def test_a_stop_gives_back_what_a_claim_leased_whose_answer_was_lost(
+    bench: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody works on it and nobody renews it, so its lease would run out and count as a crash."""
+    answered = queue.claim
+    with bench.worker(LEASE_SECONDS="600") as worker:
+
+        def lost(*arguments: Any, **options: Any) -> Any:
+            claims = answered(*arguments, **options)
+            if claims:
+                worker.stop()
+                raise psycopg.OperationalError("the answer is lost")
+            return claims
+
+        monkeypatch.setattr(queue, "claim", lost)
+        identifier = bench.deliver(style("r-1"), "completed")
+        wait_for(worker._ended.is_set, "the worker's end")
+    found = bench.delivery(identifier)
+    assert (found["state"], found["tries"], found["crashes"]) == ("retry", 0, 0)
+
+
 def test_redis_down_then_back(bench: Lab) -> None:
     bench.avatar("r-1", kind="style")
     with Proxy(*target(bench.redis_url, 6379)) as proxy:
