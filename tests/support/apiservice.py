@@ -111,7 +111,8 @@ class ApiService:
         page = str(self.get("/metrics")[1])
         answers = _histogram(page, "count", endpoint)
         assert answers, f"nothing of {endpoint} was answered"
-        assert _histogram(page, "bucket", endpoint, f'le="{seconds}"') == answers, page
+        in_time = _histogram(page, "bucket", endpoint, f'le="{seconds}"')
+        assert in_time == answers, f"{answers - in_time:.0f} of {answers:.0f} took more than {seconds} s"
 
     def get(self, path: str) -> tuple[int, Any]:
         """GET: status and document (text when it is no JSON)."""
