@@ -19,7 +19,7 @@ from prometheus_client import (
 
 __all__ = ["CONTENT_TYPE_LATEST", "render"]
 
-_FAST: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_FAST: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 2.5)
 
 DELIVERIES = Counter(
     "webhook_deliveries",
