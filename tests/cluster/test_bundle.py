@@ -129,6 +129,7 @@ def typed_commands(page: str) -> list[str]:
 
 def test_every_command_of_the_operators_page(host: str) -> None:
     """As it stands there; BUNDLE stands in for the internet that this host has not got."""
+    assert run("cat /proc/sys/net/ipv4/tcp_migrate_req").strip() == "1"
     commands = typed_commands("docs/operations.md")
     assert any("restore" in command for command in commands)
     for command in commands:
@@ -142,4 +143,5 @@ def test_every_command_of_the_operators_page(host: str) -> None:
     run(
         'test ! -e /opt/aisha-webhook && test ! -e /etc/sysctl.d/60-aisha-webhook.conf && test -z "$(docker volume ls -q)"'
     )
-    assert "127.0.0.1:5009" not in run("docker image ls --digests")
+    assert run("docker image ls --quiet").strip() == ""
+    assert run("cat /proc/sys/net/ipv4/tcp_migrate_req").strip() == "0"
