@@ -475,13 +475,8 @@ def container_unhealthy(doctor: Doctor) -> Iterator[Finding]:
 
 def from_status(findings: Sequence[Mapping[str, str]]) -> list[Finding]:
     """What module site_status found, as findings of the entries `site-KIND`."""
-    bad = {"release", "container", "health", "nginx", "secret", "instance", "switch"}
     return [
-        Finding(
-            f"site-{entry['kind']}",
-            "fail" if entry["kind"] in bad else "warn",
-            f"{entry['name']}: {entry['what']}",
-        )
+        Finding(f"site-{entry['kind']}", entry["verdict"], f"{entry['name']}: {entry['what']}")
         for entry in findings
         if entry["kind"] in STATUS_KINDS
     ]

@@ -65,10 +65,16 @@ def test_cause_and_remedy_come_from_the_guide() -> None:
 
 def test_other_doctors_are_heard() -> None:
     status = [
-        {"kind": "lock", "name": "d-1", "what": "is over"},
-        {"kind": "engine", "name": "e", "what": "x"},
+        {"kind": "lock", "name": "d-1", "what": "is over", "verdict": "warn"},
+        {"kind": "engine", "name": "e", "what": "x", "verdict": "warn"},
+        {"kind": "health", "name": "api-1", "what": "is running, starting", "verdict": "warn"},
+        {"kind": "certificate", "name": "c", "what": "ended", "verdict": "fail"},
     ]
-    assert from_status(status) == [Finding("site-lock", "warn", "d-1: is over")]
+    assert from_status(status) == [
+        Finding("site-lock", "warn", "d-1: is over"),
+        Finding("site-health", "warn", "api-1: is running, starting"),
+        Finding("site-certificate", "fail", "c: ended"),
+    ]
     said = '{"findings": [{"check": "object store", "verdict": "fail", "message": "away", "remedy": "start it"}]}'
     assert from_service(said) == [Finding("service-object-store", "fail", "away -> start it")]
     assert from_service("OCI runtime exec failed")[0].verdict == "fail"
