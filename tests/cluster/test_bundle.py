@@ -85,7 +85,8 @@ def test_a_whole_site_stands_from_it(host: str, bundle: Path) -> None:
     assert re.search(r"failed=0", said)
     wanted = manifest(bundle)["images"]
     assert set(wanted) == {"webhook-api", "nginx-webhook"}
-    running = run("docker ps --format '{{.Names}} {{.Image}}'")
+    # `docker ps` leaves the digest out.
+    running = run("docker ps --quiet | xargs docker inspect --format '{{.Name}} {{.Config.Image}}'")
     for name, image in wanted.items():
         pin = f"127.0.0.1:5009/{name}@{image['digest']}"
         assert pin in running
