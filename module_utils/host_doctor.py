@@ -187,7 +187,9 @@ def engine_old(doctor: Doctor) -> Iterator[Finding]:
         return
     if _version(engine.version) < _version(doctor.site.engine_min):
         yield fail(f"engine {engine.version} is older than {doctor.site.engine_min}")
-    if not engine.compose:
+    if not engine.compose and not engine.permitted:
+        yield skip("the engine did not answer in time, or not to this user: its plugins are not known")
+    elif not engine.compose:
         yield fail("the engine's client has no compose plugin")
     elif _version(engine.compose.lstrip("v")) < _version(doctor.site.compose_min):
         yield fail(f"Compose {engine.compose} is older than {doctor.site.compose_min}")
