@@ -187,7 +187,9 @@ def engine_old(doctor: Doctor) -> Iterator[Finding]:
         return
     if _version(engine.version) < _version(doctor.site.engine_min):
         yield fail(f"engine {engine.version} is older than {doctor.site.engine_min}")
-    if not engine.compose:
+    if not engine.compose and not engine.permitted:
+        yield skip("the engine did not answer in time, or not to this user: its plugins are not known")
+    elif not engine.compose:
         yield fail("the engine's client has no compose plugin")
     elif _version(engine.compose.lstrip("v")) < _version(doctor.site.compose_min):
         yield fail(f"Compose {engine.compose} is older than {doctor.site.compose_min}")
@@ -475,13 +477,8 @@ def container_unhealthy(doctor: Doctor) -> Iterator[Finding]:
 
 def from_status(findings: Sequence[Mapping[str, str]]) -> list[Finding]:
     """What module site_status found, as findings of the entries `site-KIND`."""
-    bad = {"release", "container", "health", "nginx", "secret", "instance", "switch"}
     return [
-        Finding(
-            f"site-{entry['kind']}",
-            "fail" if entry["kind"] in bad else "warn",
-            f"{entry['name']}: {entry['what']}",
-        )
+        Finding(f"site-{entry['kind']}", entry["verdict"], f"{entry['name']}: {entry['what']}")
         for entry in findings
         if entry["kind"] in STATUS_KINDS
     ]

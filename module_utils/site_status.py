@@ -34,6 +34,8 @@ ONEOFF_LABEL = "com.docker.compose.oneoff"
 LEFT_BEHIND = (".down", ".draining")
 #: Compose projects beside the service's own, by the end of their names.
 EMBEDDED = ("registry", "backends")
+#: Kinds of findings that keep deliveries from being taken or processed.
+FAILING = frozenset({"release", "container", "health", "nginx", "secret", "instance", "switch"})
 #: Seconds that an instance has to answer.
 ASK_SECONDS = 3.0
 MEGABYTE = 1_000_000
@@ -61,10 +63,13 @@ class Finding:
     kind: str
     name: str
     what: str
+    verdict: str = ""
+    """fail, or warn; by its kind when it is not given."""
 
     def shown(self) -> dict[str, str]:
         """As the module returns it."""
-        return {"kind": self.kind, "name": self.name, "what": self.what}
+        verdict = self.verdict or ("fail" if self.kind in FAILING else "warn")
+        return {"kind": self.kind, "name": self.name, "what": self.what, "verdict": verdict}
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Bounds:
     """From when on something is a finding."""
 
     certificate_days: int = 21
+    certificate_fail_days: int = 7
     disk_free_mb: int = 2000
     deployments: int = 5
 
@@ -119,8 +125,8 @@ class SiteStatus:
         shown["ok"] = not self.findings
         return shown
 
-    def _note(self, kind: str, name: str, what: str) -> None:
-        self.findings.append(Finding(kind, name, what))
+    def _note(self, kind: str, name: str, what: str, verdict: str = "") -> None:
+        self.findings.append(Finding(kind, name, what, verdict))
 
     # Releases
 
@@ -234,7 +240,9 @@ class SiteStatus:
         if state["Status"] != "running" or health not in (None, "healthy"):
             log = ((state.get("Health") or {}).get("Log") or [{}])[-1].get("Output", "").strip()
             what = f"is {state['Status']}{f', {health}' if health else ''}{f': {log[:300]}' if log else ''}"
-            self._note("health", name, what)
+            # One that has just started is not ill: it says so itself when it is.
+            starts = state["Status"] == "running" and health == "starting"
+            self._note("health", name, what, "warn" if starts else "")
         restarts = found.get("RestartCount", 0)
         return {
             "status": state["Status"],
@@ -333,14 +341,17 @@ class SiteStatus:
             text = path.read_text(encoding="utf-8", errors="replace")
             begins, ends = validity(text)
         except (OSError, CertificateUnreadable) as error:
-            self._note("certificate", str(path), str(error))
+            self._note("certificate", str(path), str(error), "fail")
             return None
         days = (ends - self.now()).days
         if days < self.bounds.certificate_days:
             said = f"ends in {days} days ({iso(ends)})" if days >= 0 else f"ended at {iso(ends)}"
-            self._note("certificate", str(path), f"{said}: replace it (docs/tls.md)")
+            late = days < self.bounds.certificate_fail_days
+            self._note(
+                "certificate", str(path), f"{said}: replace it (docs/tls.md)", "fail" if late else "warn"
+            )
         if begins > self.now():
-            self._note("certificate", str(path), f"holds only from {iso(begins)} on")
+            self._note("certificate", str(path), f"holds only from {iso(begins)} on", "fail")
         for port in release.https:
             self._served(port, text)
         return {"file": str(path), "not_before": iso(begins), "not_after": iso(ends), "days_left": days}

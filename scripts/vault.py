@@ -30,18 +30,19 @@ from ansible.parsing.vault import VaultLib, VaultSecret, is_encrypted
 REPO = Path(__file__).resolve().parent.parent
 ansible.module_utils.__path__.append(str(REPO / "module_utils"))
 
-from ansible.module_utils.secret_files import generate  # noqa: E402
+from ansible.module_utils.secret_files import SecretError, generate  # noqa: E402
 
-#: Secrets of `secrets_given` that are generated: kind and length in characters.
+#: Secrets of `secrets_given` that are generated: kind and length in characters (a key has a length of its own).
 GENERATED = {
     "postgres_webhook_password": ("password", 32),
     "redis_password": ("password", 32),
     "minio_access_key": ("hex", 20),
     "minio_secret_key": ("password", 40),
     "fal_webhook_secret": ("hex", 48),
+    "image_signing_key": ("p256", 0),
 }
 #: Secrets of their own, outside `secrets_given`, as the inventory names them.
-GENERATED_BESIDE = {"vault_registry_password": ("password", 32)}
+GENERATED_BESIDE = {"vault_registry_password": ("password", 32), "backup_passphrase": ("hex", 64)}
 #: What only others can give: left out unless it is given.
 OPTIONAL = ("fal_api_key", "forward_secret", "telegram_bot_token")
 OPTIONAL_BESIDE = ("vault_become_password",)
@@ -242,7 +243,7 @@ def main() -> int:
     """Run; 0 when the vault was written, 1 when not."""
     try:
         told = run(arguments())
-    except VaultError as error:
+    except (VaultError, SecretError) as error:
         print(f"No vault was written: {error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

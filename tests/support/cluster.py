@@ -414,8 +414,8 @@ class Cluster:
         """Run a playbook from this machine against the site; shown as well when VERBOSE is set."""
         command = ["ansible-playbook", "-i", str(inventory or self.inventory), playbook]
         command += ["--vault-password-file", str(self.vault_password), *arguments]
-        control = self.directory / "cp"
-        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_SSH_CONTROL_PATH_DIR": str(control)}
+        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1"}
+        environment["ANSIBLE_SSH_CONTROL_PATH_DIR"] = str(self.control)
         # All hosts share this machine's processors.
         environment["ANSIBLE_TIMEOUT"] = "90"
         begin = time.monotonic()
@@ -433,6 +433,18 @@ class Cluster:
         if os.environ.get("VERBOSE"):
             print(run.stdout)
         return ClusterRun(run.returncode, run.stdout, time.monotonic() - begin)
+
+    @property
+    def control(self) -> Path:
+        """Where the connections that runs share, and keep for a minute, have their sockets."""
+        return self.directory / "cp"
+
+    def end_connections(self) -> None:
+        """End them: the next run connects anew, whatever stands in its way then."""
+        for socket in self.control.glob("*"):
+            command = ["ssh", "-O", "exit", "-o", f"ControlPath={socket}", "any"]
+            subprocess.run(command, capture_output=True, check=False, timeout=30)
+            socket.unlink(missing_ok=True)
 
     def site(self, *arguments: str, timeout: float = 1200) -> ClusterRun:
         """Run `site.yml` against the production inventory."""

@@ -74,6 +74,27 @@ def test_optional_names_of_the_example_can_be_given(inventory: Inventory) -> Non
     assert inventory.contents()["vault_become_password"] == "given-vault_become_password"
 
 
+def test_the_signing_key_is_one_that_images_can_be_signed_with(inventory: Inventory) -> None:
+    assert inventory.run().returncode == 0
+    key = inventory.contents()["vault_secrets"]["image_signing_key"]
+    command = ["openssl", "pkey", "-noout", "-text"]
+    told = subprocess.run(command, input=key, capture_output=True, text=True, check=True).stdout
+    assert "prime256v1" in told
+    inventory.run("--renew", "image_signing_key", "--renew", "backup_passphrase")
+    assert inventory.contents()["vault_secrets"]["image_signing_key"] != key
+
+
+def test_every_secret_that_the_roles_ask_for_in_production_is_known() -> None:
+    """Of role secrets: what it writes and does not generate itself."""
+    role = yaml.safe_load((REPO / "roles" / "secrets" / "vars" / "main.yml").read_text())
+    asked = set(role["__secrets_service"].values())
+    asked |= {file["name"] for file in (*role["__secrets_root"], *role["__secrets_builder"])}
+    example = EXAMPLE.read_text()
+    assert {name for name in asked if f"{name}:" not in example} == set()
+    source = (REPO / "scripts" / "vault.py").read_text()
+    assert {name for name in asked if f'"{name}"' not in source} == set()
+
+
 def test_what_exists_already_is_taken_as_it_is(inventory: Inventory) -> None:
     run = inventory.run("--values", "-", values="postgres_webhook_password: 'p@ss: #1'\n")
     assert run.returncode == 0, run.stderr

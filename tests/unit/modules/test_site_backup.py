@@ -181,3 +181,10 @@ def test_a_part_that_fails_writes_no_note(tmp_path: Path) -> None:
         backups.write(at(1), "one", "one.bin", lambda meter: run_into(["false"], meter, 30))
     done = backups.finish(at(1), {}, 7)
     assert json.loads((Path(done["path"]) / "manifest.json").read_text())["parts"] == []
+
+
+def test_a_command_that_fails_is_named_without_the_script_in_it() -> None:
+    script = "exit 3\n" + "-- a long script\n" * 50
+    with pytest.raises(SiteBackupError, match="ended with 3") as failure:
+        run_from(["bash", "-c", script, "restore"], io.BytesIO(b""), 10)
+    assert str(failure.value).startswith("`bash -c exit 3 restore` ended")
