@@ -290,7 +290,9 @@ class Rollout:
         try:
             kept = self._rotation.settle(release, forget=self._settings.settle)
         except FAULTS as error:
-            self._warn(f"What was kept of replaced secrets could not be removed; the next run does it: {error}")
+            self._warn(
+                f"What was kept of replaced secrets could not be removed; the next run does it: {error}"
+            )
         return kept
 
     # When it fails

@@ -45,11 +45,13 @@ class Rotation:
     def behind(self, release: Release, names: Collection[str]) -> list[str]:
         """Services of the release whose container has another file than stands now under one of the names, or none
         because it does not run: on the way back it is not waited for until the engine starts it again."""
-        seen = self._seen(release, names)
+        seen = set(self._looks(release, names)) if names else set()
         return [name for name in release.names if (name, False) in seen]
 
-    def _seen(self, release: Release, names: Collection[str]) -> set[tuple[str, bool]]:
-        return set(self._looks(release, names)) if names else set()
+    def in_use(self, release: Release) -> bool:
+        """Whether a container has been started with what stands now under the name of a kept one."""
+        names = self.names()
+        return bool(names) and any(has for _service, has in self._looks(release, names))
 
     def _looks(self, release: Release, names: Collection[str]) -> Iterator[tuple[str, bool]]:
         """(service, whether it has what stands now) for each container and each mount of one of the names."""
@@ -86,8 +88,12 @@ class Rotation:
             return names
         if not forget:
             return names
-        self._kept.forget()
+        self.forget()
         return []
+
+    def forget(self) -> None:
+        """Nothing is kept any more."""
+        self._kept.forget()
 
     def put_back(self, current: Release) -> list[str]:
         """What the current release was proven with stands again. The names; none where nothing of it is kept."""
@@ -98,9 +104,7 @@ class Rotation:
 
     def put_back_unused(self, current: Release) -> list[str]:
         """The same where no container was replaced; but not under one that has been started with what stands."""
-        if any(has for _service, has in self._seen(current, self.names())):
-            return []
-        return self.put_back(current)
+        return [] if self.in_use(current) else self.put_back(current)
 
     def hand_over(self, target: Release, current: str) -> list[str]:
         """Before a host goes back to a release of which something is kept: that stands again, and what the current

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 from ansible.module_utils import kept_secrets
+from ansible.module_utils.deploy_record import DeployRecords
 from ansible.module_utils.rollout import edge
 from ansible.module_utils.rollout.gates import Asking
+from ansible.module_utils.rollout.journal import only_one
 from ansible.module_utils.rollout.model import RolloutError
+from ansible.module_utils.rollout.rotation_end import RotationEnd
 from ansible.module_utils.secret_files import SecretFiles, SecretSpec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -347,3 +350,79 @@ def test_a_host_that_cannot_go_back_with_the_others_has_its_new_secret_again(mak
     site._start = lambda container, service: start(container, service | {"crash": service["says"] == "old"})
     fails(site, old, kind="rollback")
     assert (site.state(), site.key(), site.kept()) == (site.at(new), "better", [])
+
+
+# The end of a run of several hosts: module kept_secrets
+
+
+def end(site, state, *, check=False):
+    ending = RotationEnd(site.site, site, site.warned.append, proc=site.site / "proc")
+    return ending.end(state, check=check)
+
+
+def test_when_all_hosts_serve_nothing_is_kept(make):
+    site, _ = make()
+    site.run(site.render("new", key="better"), settle=False)
+    for check in (True, False):
+        done = end(site, "settled", check=check)
+        assert (done.action, done.names, done.changed) == ("removed", [KEY], True)
+        assert bool(site.kept()) is check
+    again = end(site, "settled")
+    assert (again.action, again.names, again.changed) == ("none", [], False)
+    assert site.key() == "better"
+
+
+def test_what_no_container_uses_yet_is_kept_on(make):
+    site, _ = make()
+    site.write(key="better")
+    done = end(site, "settled")
+    assert (done.action, done.changed) == ("left", False)
+    assert site.kept() == [".release", "key"]
+
+
+def test_a_host_that_was_not_reached_has_its_secrets_of_before(make):
+    """An image could not be built, or another host has failed: what was written here is not in use."""
+    site, _ = make()
+    before = site.inode()
+    site.render("new", key="better")
+    for check in (True, False):
+        done = end(site, "restored", check=check)
+        assert (done.action, done.names, done.changed) == ("restored", [KEY], True)
+        assert (site.key() == "good") is not check
+    assert (site.inode(), site.kept()) == (before, [])
+    assert end(site, "restored").changed is False
+
+
+def test_nothing_is_restored_on_a_host_that_serves_with_the_new_ones(make):
+    """rollout_on_failure: host."""
+    site, _ = make()
+    site.run(site.render("new", key="better"), settle=False)
+    assert end(site, "restored").action == "removed"
+    assert (site.key(), site.kept()) == ("better", [])
+
+
+def test_nothing_is_restored_under_a_container_that_has_the_new_ones(make):
+    site, _ = make()
+    site.write(key="better")
+    site.restart("api-1")
+    assert end(site, "restored").action == "left"
+    assert (site.key(), site.kept()) == ("better", [".release", "key"])
+
+
+def test_nothing_is_restored_under_a_rollout_that_was_killed_or_goes_on(make):
+    """Its controller is gone: it goes on to its end, or the next run undoes it."""
+    site, _ = make()
+    new = site.render("new", key="better")
+    with only_one(site.site, 0):
+        assert end(site, "restored").action == "left"
+    DeployRecords(site.site).begin({"id": "d-1", "host": "h", "to": new})
+    assert end(site, "restored").action == "left"
+    assert (site.key(), site.kept()) == ("better", [".release", "key"])
+
+
+def test_where_no_release_serves_any_more_nothing_is_kept(make):
+    site, _ = make()
+    site.render("new", key="better")
+    (site.site / "current").unlink()
+    assert end(site, "restored").action == "removed"
+    assert (site.key(), site.kept()) == ("better", [])
