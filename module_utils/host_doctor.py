@@ -25,6 +25,7 @@ from typing import Any
 
 from ansible.module_utils.docker_cli import Docker, DockerError
 from ansible.module_utils.host_observation import Host, knock_at_registry
+from ansible.module_utils.kept_secrets import BEFORE, GONE
 from ansible.module_utils.kernel_settings import KernelSettingsError, read_setting
 from ansible.module_utils.preflight import Engine
 
@@ -392,9 +393,14 @@ def secret_open(doctor: Doctor) -> Iterator[Finding]:
     if not home.is_dir():
         yield fail(f"{home} is gone")
         return
+    # What a rotation has replaced: nobody but root gets there, so the modes of its files say nothing.
+    kept = [path for path in (home / BEFORE, home / GONE) if path.is_dir()]
+    for path in kept:
+        if path.stat().st_mode & 0o077:
+            yield fail(f"{path} may be entered by others (mode {stat.S_IMODE(path.stat().st_mode):04o})")
     for path in sorted(home.rglob("*")):
         status = path.lstat()
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode) or any(place in path.parents for place in kept):
             continue
         if not status.st_size:
             yield fail(f"{path} is empty")

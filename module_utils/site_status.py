@@ -25,6 +25,7 @@ from ansible.module_utils.deploy_lock import DeployLock, LockError, iso
 from ansible.module_utils.deploy_record import DeployRecords, RecordError
 from ansible.module_utils.docker_cli import Docker, DockerError
 from ansible.module_utils.docker_engine import EngineError
+from ansible.module_utils.mounted_files import bind_mounts, has_process, has_what_stands
 from ansible.module_utils.release import ReleaseStore
 from ansible.module_utils.rollout.compose import Project
 from ansible.module_utils.rollout.model import Release, RolloutError, Service, parse_release
@@ -253,19 +254,16 @@ class SiteStatus:
 
     def _mounts(self, service: Service, found: Mapping[str, Any]) -> None:
         """Files and directories that were replaced since the container started: it still sees the old ones."""
-        root = self.proc / str(found["State"].get("Pid") or 0) / "root"
-        for mount in found.get("Mounts") or []:
-            if mount.get("Type") != "bind" or not found["State"].get("Pid"):
-                continue
+        for mount in bind_mounts(found) if has_process(found) else ():
             try:
-                outside, inside = os.stat(mount["Source"]), os.stat(f"{root}{mount['Destination']}")
+                has_it = has_what_stands(found, mount, self.proc)
             except OSError as error:
                 if not Path(mount["Source"]).exists():
                     self._note(
                         "file", mount["Source"], f"is gone; {service.name} has it mounted ({error.strerror})"
                     )
                 continue
-            if (outside.st_dev, outside.st_ino) != (inside.st_dev, inside.st_ino):
+            if not has_it:
                 kind = "secret" if mount["Destination"].startswith("/run/secrets/") else "file"
                 self._note(
                     kind,

@@ -189,4 +189,5 @@ class Settings:
     docker_config: str = ""
     keepalive: float = 0.0
     wait: float = 60.0
+    settle: bool = True
     probe: Mapping[str, Any] = field(default_factory=dict)

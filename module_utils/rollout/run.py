@@ -34,6 +34,7 @@ from ansible.module_utils.rollout.model import (
 from ansible.module_utils.rollout.plan import RolloutPlan, as_result, make_rollout_plan, risks
 from ansible.module_utils.rollout.prepare import Preparation
 from ansible.module_utils.rollout.rehearsal import Rehearsal
+from ansible.module_utils.rollout.secrets import PROC, Rotation
 from ansible.module_utils.rollout.signals import StopRequest
 from ansible.module_utils.rollout.switch import Switches
 from ansible.module_utils.rollout.undo import plan_undo
@@ -58,6 +59,7 @@ class Rollout:
         warn: Callable[[str], None] = lambda _text: None,
         stop: StopRequest | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        proc: Path = PROC,
     ) -> None:
         self._settings, self._engine, self._docker = settings, engine, docker
         self._probe, self._warn = probe, warn
@@ -68,6 +70,7 @@ class Rollout:
         self._switches = Switches(settings.site_dir / "state")
         self._asking = Asking(engine)
         self._preparation = Preparation(docker, engine, settings)
+        self._rotation = Rotation(settings.site_dir, engine, warn, proc)
 
     # Reading
 
@@ -121,9 +124,10 @@ class Rollout:
         plan = self.plan(target, contents)
         self._tell_risks(plan)
         missing = self._preparation.missing(target)
+        settles = not plan.changed and self._settings.settle and self._rotation.settles(target)
         return {
             **as_result(plan, self._settings.kind),
-            "changed": plan.changed and self._settings.kind != "prepare",
+            "changed": (plan.changed or settles) and self._settings.kind != "prepare",
             "pulled": missing,
             "result": "planned",
         }
@@ -170,14 +174,16 @@ class Rollout:
         plan = self.plan(target)
         if not plan.changed:
             record = self._journal.unchanged(target)
-            return self._result(plan, record, changed=bool(cleared))
+            before, kept = self._rotation.names(), self._settle(target)
+            return self._result(plan, record, kept, changed=bool(cleared) or before != kept)
         self._tell_risks(plan)
         self._journal.begin(target, plan.current)
         try:
             self._bring(plan, edge, instances)
         except Exception as error:  # whatever it is, the host is not left half way
             raise self._failed(_as_error(error), target, current) from error
-        return self._result(plan, self._recorded("done", self._settings.reason), changed=True)
+        kept = self._settle(target)
+        return self._result(plan, self._recorded("done", self._settings.reason), kept, changed=True)
 
     def _bring(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         release = plan.release
@@ -189,6 +195,8 @@ class Rollout:
         self._stop.check()
         if plan.migrate and self._settings.kind == "deploy":
             self._migrate(release)
+        if plan.current and self._settings.kind == "rollback":
+            self._rotation.hand_over(release, plan.current)
         if plan.idle:
             self._start_all(plan, edge, instances)
         else:
@@ -294,6 +302,17 @@ class Rollout:
                         f"{name} belongs to no service of the release, and could not be removed: {error}"
                     )
 
+    def _settle(self, release: Release) -> list[str]:
+        """Nothing of before is kept of the secrets that the release has proven. Names of those that stay kept."""
+        kept: list[str] = []
+        try:
+            kept = self._rotation.settle(release, forget=self._settings.settle)
+        except FAULTS as error:
+            self._warn(
+                f"What was kept of replaced secrets could not be removed; the next run does it: {error}"
+            )
+        return kept
+
     # When it fails
 
     def _failed(self, error: RolloutError, target: Release, current: Release | None) -> RolloutError:
@@ -320,14 +339,15 @@ class Rollout:
         again = "run the deployment again"
         if not self._journal.touched:
             self._take_all_in(current or target)
-            return "failed", "no container was replaced, what served goes on as it was", again
-        if current is None or current.id == target.id:
+            told = _again(self._put_back_unused(current))
+            return "failed", f"no container was replaced, what served goes on as it was{told}", again
+        if current is None or (current.id == target.id and not self._rotation.is_kept_for(current)):
             look = f"docker compose -f {target.compose_file} logs"
             done = "nothing: there is no other release to go back to, so what was started stays for you to look at"
             self._take_all_in(target)
             return "failed", done, f"{look}, mend what it names, and {again}"
         try:
-            names = self._go_back(target, current)
+            names, secrets = self._go_back(target, current)
         except Exception as fault:
             second = _as_error(fault)
             reason = "\n".join([f"{second.message}.", *tell(second.evidence)])
@@ -336,15 +356,26 @@ class Rollout:
             return "failed", done, f"{look} {again}, or go back with playbooks/rollback.yml"
         back = ", ".join(names) or "nothing had to be replaced"
         text = f"release {current.id} was put back ({back}); it served throughout, and `current` names it"
-        return "rolled_back", text, f"{again} when it is mended"
+        return "rolled_back", text + _again(secrets), f"{again} when it is mended"
 
-    def _go_back(self, target: Release, current: Release) -> list[str]:
-        """The current release everywhere, by the same switches and gates."""
+    def _put_back_unused(self, current: Release | None) -> list[str]:
+        """What the files say is what the current release uses. That it cannot be done hides no fault."""
+        try:
+            return self._rotation.put_back_unused(current) if current else []
+        except FAULTS as fault:
+            self._warn(f"The secrets of before could not be put back: {fault}")
+            return []
+
+    def _go_back(self, target: Release, current: Release) -> tuple[list[str], list[str]]:
+        """The current release everywhere, by the same switches and gates: (what was replaced, secrets of before)."""
         with self._journal.step("undo"):
+            # First: a container that is started has the files that stand then.
+            secrets = self._rotation.put_back(current)
+            behind = self._rotation.behind(current, secrets)
             edge, instances = self._rooms(current, self._patient())
             edge.resolve(current, target)
             planned, _ = self._project(current).plan(current)
-            back = plan_undo(current, self._journal.touched, planned)
+            back = plan_undo(current, self._journal.touched, planned, behind)
             self._preparation.pull(self._preparation.missing(current) if back.replace else [])
             for service in back.keep:  # first: one that is switched off counts as none that serves
                 if service.kind == "api":
@@ -360,7 +391,7 @@ class Rollout:
             if self._store.linked("current") != current.id:
                 self._store.activate(current.id)
         self._final(current, self._patient())
-        return [service.name for service in back.replace]
+        return [service.name for service in back.replace], secrets
 
     def _way_through(self, edge: Edge, release: Release, service: Service) -> str:
         """The nginx through which an instance is proven on the way back, which one that cannot be asked does not hold up."""
@@ -436,11 +467,14 @@ class Rollout:
         for text in risks(plan, migrate_requests=migrate_requests, live_restore=live):
             self._warn(f"Risk: {text}")
 
-    def _result(self, plan: RolloutPlan, record: Mapping[str, Any], *, changed: bool) -> dict[str, Any]:
+    def _result(
+        self, plan: RolloutPlan, record: Mapping[str, Any], kept: list[str], *, changed: bool
+    ) -> dict[str, Any]:
         return {
             **as_result(plan, self._settings.kind),
             "changed": changed,
             "result": record["result"],
+            "kept_secrets": kept,
             "record": dict(record),
             "seconds": record["seconds"],
         }
@@ -461,6 +495,10 @@ def _as_error(error: BaseException) -> RolloutError:
         return RolloutError("io", str(error).rstrip("."))
     remedy = "This is a fault of the rollout itself: report it with this message"
     return RolloutError("defect", f"{type(error).__name__}: {error}", remedy)
+
+
+def _again(names: list[str]) -> str:
+    return f"; secrets of before stand again: {', '.join(names)}" if names else ""
 
 
 def _sentence(*parts: str) -> str:

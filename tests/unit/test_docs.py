@@ -27,7 +27,9 @@ def test_every_setting_of_the_service_is_documented() -> None:
     package = REPO / "webhook" / "webhook_api"
     source = "\n".join(path.read_text() for path in sorted(package.glob("config*.py")))
     asked = set(
-        re.findall(r'(?:reader\.\w+|_required|_hosts|_host_ports)\((?:reader, )?"([A-Z][A-Z_]+)"', source)
+        re.findall(
+            r'(?:reader\.\w+|_required|_secret|_hosts|_host_ports)\((?:reader, )?"([A-Z][A-Z_]+)"', source
+        )
     )
     assert len(asked) > 25
     documented = set(re.findall(r"`([A-Z][A-Z_]+)`", (REPO / "docs" / "settings.md").read_text()))

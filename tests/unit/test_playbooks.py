@@ -97,3 +97,26 @@ def test_no_option_is_used_that_the_oldest_compose_has_not_got() -> None:
         *REPO.glob("playbooks/**/*.yml"),
     ]:
         assert "--policy" not in path.read_text(), path
+
+
+def test_a_run_that_failed_puts_secrets_back_when_hosts_have_gone_back_and_under_its_lock() -> None:
+    tasks = yaml.safe_load((REPO / "playbooks/tasks/stop.yml").read_text())
+    steps = ("import_tasks", "kept_secrets", "deploy_lock", "include_role", "fail")
+    order = [next(step for step in steps if {step, f"ansible.builtin.{step}"} & set(task)) for task in tasks]
+    assert order == ["import_tasks", "kept_secrets", "deploy_lock", "include_role", "fail"]
+    (put_back,) = [task for task in tasks if "kept_secrets" in task]
+    assert put_back["kept_secrets"]["state"] == "restored"
+    assert put_back["failed_when"] is False, "it hides no fault of the run"
+
+
+def test_of_several_hosts_each_can_go_back_with_its_secrets_until_all_are_proven() -> None:
+    found = {play["name"]: play for play in plays("site.yml")}
+    for name in ("The release runs, host by host", "The whole site is proven"):
+        assert found[name]["vars"]["rollout_settle"] == "{{ ansible_play_hosts_all | length == 1 }}"
+    (block,) = found["The whole site is proven"]["tasks"]
+    names = [task["name"] for task in block["block"]]
+    assert names.index("The site is proven") < names.index("Nothing is kept of the secrets of before")
+    rollout = yaml.safe_load((REPO / "roles/rollout/tasks/main.yml").read_text())
+    assert rollout[1]["rollout"]["settle"] == "{{ rollout_settle | bool }}"
+    back = yaml.safe_load((REPO / "playbooks/tasks/back.yml").read_text())
+    assert "settle" not in back[0]["rollout"], "a host that has gone back is done"

@@ -28,6 +28,7 @@ DELIVERIES = Counter(
 )
 """outcome: stored, duplicate, variant (duplicate with another body), kept_aside (see webhook_kept_aside)."""
 REJECTED = Counter("webhook_rejected", "Deliveries not accepted, by reason", ["reason"])
+PREVIOUS_SECRET = Counter("webhook_previous_secret", "Calls that came with FAL_WEBHOOK_SECRET_PREVIOUS")
 REQUESTS = Histogram("webhook_request_seconds", "Time to answer", ["endpoint", "code"], buckets=_FAST)
 IN_PROGRESS = Gauge(
     "webhook_deliveries_in_progress",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ansible.module_utils.rollout.signals import StopRequest
 
 PROJECT, COMPOSE = "wht", "docker-compose.webhook.prod.yml"
 HTTP, HTTPS = 80, 443
+BAD = "bad"
+"""A container that starts with such a secret crashes again and again."""
 PREFIX = "com.docker.compose."
 NGINX = """
 events {}
@@ -46,6 +49,8 @@ class World:
         self.containers: list[dict[str, Any]] = []
         self.calls, self.fuse, self.broken, self.signal = 0, 0, 0, 0
         self.guarded = self.dead = False
+        self.refused: set[str] = set()
+        """What is refused before a container is touched: pull, test (nginx's configuration), migrate."""
         self.warnings: list[str] = []
         self.options: dict[str, Any] = {}
         self.stop = StopRequest()
@@ -57,6 +62,7 @@ class World:
     def release(self, name: str, edge: str, **more: dict[str, Any]) -> str:
         """Write a release; `more`: settings of a service, such as ``api_1={"crash": True}``."""
         image = f"registry/webhook-api@sha256:{name}"
+        mounted = more.pop("secrets", {})
         kinds = {"api-1": "api", "api-2": "api", "worker": "worker", "nginx": "edge"}
         compose: dict[str, Any] = {"services": {}}
         services = []
@@ -68,6 +74,8 @@ class World:
             compose["services"][name_] |= more.get(name_.replace("-", "_"), {})
             if kind != "edge":
                 compose["services"][name_]["container_name"] = f"{PROJECT}-{name_}"
+                compose["services"][name_]["secrets"] = list(mounted)
+                compose["services"][name_]["labels"] = label | {"org.aisha.secrets": json.dumps(mounted)}
         place = self.site / "edge" / edge
         place.mkdir(parents=True, exist_ok=True)
         (place / "nginx.conf").write_text(NGINX)
@@ -75,11 +83,13 @@ class World:
             "webhook_release": name, "project": PROJECT, "services": services, "edge": edge, "edge_path": str(place),
             "certificate_directory": "/c", "ports": {"http": HTTP, "https": [HTTPS]}, "keepalive_seconds": 60,
         }  # fmt: skip
-        plan = plan_release([WantedFile(f"@release@/{COMPOSE}", json.dumps(compose))], {"webhook-api": image})
+        named = "".join(f"    file: {self.site}/secrets/{secret}\n" for secret in mounted)
+        text = f"{json.dumps(compose)}\n---\n{named}"
+        plan = plan_release([WantedFile(f"@release@/{COMPOSE}", text)], {"webhook-api": image})
         self.store.write(plan, {"webhook_release": name, "rollout": rollout}, 100, activate=False)
         return plan.id
 
-    def run(self, release: str, kind: str = "deploy") -> dict[str, Any]:
+    def run(self, release: str, kind: str = "deploy", *, settle: bool = True) -> dict[str, Any]:
         """A run of the module in a process of its own."""
         self.stop = StopRequest()
         self.stop.listen = lambda: None
@@ -92,11 +102,17 @@ class World:
             gate_timeout=0.01,
             drain_seconds=0,
             wait=0,
+            settle=settle,
             **self.options,
         )
-        warn, sleep = self.warnings.append, lambda _seconds: None
-        rollout = Rollout(settings, self, self, stop=self.stop, sleep=sleep, warn=warn)
+        options = {"stop": self.stop, "sleep": lambda _seconds: None, "warn": self.warnings.append}
+        rollout = Rollout(settings, self, self, proc=self.site / "proc", **options)
         return rollout.run(rollout.load(release))
+
+    def foresee(self, release: str) -> dict[str, Any]:
+        """The module in check mode."""
+        rollout = Rollout(Settings(site_dir=self.site), self, self, proc=self.site / "proc")
+        return rollout.foresee(rollout.load(release), {})
 
     # What is looked at
 
@@ -173,8 +189,9 @@ class World:
     def _do(self, arguments: list[str], options: dict[str, Any]) -> Result:
         if arguments[0] == "compose":
             return self._compose(arguments, options)
-        if arguments[0] in ("run", "ps"):
-            return Result(0, "", "")
+        if arguments[0] in ("run", "ps", "pull"):
+            refused = {"run": "test", "pull": "pull"}.get(arguments[0]) in self.refused
+            return Result(int(refused), "", "it is refused" if refused else "")
         found = self._found(arguments[-1])
         if arguments[0] == "rename":
             found = self._found(arguments[1])
@@ -190,6 +207,7 @@ class World:
 
     def _compose(self, arguments: list[str], options: dict[str, Any]) -> Result:
         text = options.get("stdin") or Path(arguments[4]).read_text()
+        text = text.partition("\n---\n")[0]
         services = json.loads(text)["services"]
         if "--name" in arguments:
             return self._run(arguments, services)
@@ -198,11 +216,14 @@ class World:
         if "--hash" in arguments:
             return Result(0, "\n".join(f"{name} {_hash(service)}" for name, service in services.items()), "")
         if "run" in arguments:
-            return Result(0, "{}", "")
+            return Result(int("migrate" in self.refused), "{}", "")
         count = (
             int(arguments[arguments.index("--scale") + 1].partition("=")[2]) if "--scale" in arguments else 1
         )
         for name in [word for word in arguments[5:] if word in services]:
+            missing = [path for path in self._secrets(services[name]) if not path.exists()]
+            if missing:
+                return Result(1, "", f"bind source path does not exist: {missing[0]}")
             for container in self.of(name):
                 if container["State"]["Status"] == "exited":
                     self._start(container, services[name])
@@ -233,15 +254,34 @@ class World:
         config["LeadsNowhere"] = service.get("leads_nowhere", False)
         self.containers.append(
             {"Id": f"{number:064x}", "Name": called, "Image": service["image"], "Config": config,
-             "RestartCount": 0, "State": {"Status": "created", "ExitCode": 0}}
+             "RestartCount": 0, "State": {"Status": "created", "ExitCode": 0},
+             "Mounts": [{"Type": "bind", "Source": str(path), "Destination": f"/run/secrets/{path.name}"}
+                        for path in self._secrets(service)]}
         )  # fmt: skip
 
+    def _secrets(self, service: dict[str, Any]) -> list[Path]:
+        return [self.site / "secrets" / name for name in service.get("secrets", [])]
+
     def _start(self, container: dict[str, Any], service: dict[str, Any]) -> None:
-        container["State"] = {"Status": "running", "ExitCode": 0, "Health": {"Status": "healthy"}, "Pid": 1}
-        if service.get("crash"):
+        pid = next(self._serial)
+        container["State"] = {"Status": "running", "ExitCode": 0, "Health": {"Status": "healthy"}, "Pid": pid}
+        seen = [self._mount(mount, pid) for mount in container["Mounts"]]
+        if service.get("crash") or any(text.startswith(BAD) for text in seen):
             times = {"StartedAt": "2026-11-23T00:00:00Z", "FinishedAt": "2026-11-23T00:00:01Z"}
             container["State"] = {"Status": "restarting", "ExitCode": 3, **times}
             container["RestartCount"] = 3
+
+    def _mount(self, mount: dict[str, Any], pid: int) -> str:
+        """A file that a container goes on seeing whatever takes its place. What is in it."""
+        inside = Path(f"{self.site}/proc/{pid}/root{mount['Destination']}")
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        os.link(mount["Source"], inside)
+        return inside.read_text()
+
+    def restart(self, name: str) -> None:
+        """The engine or the host starts a container again: it sees what stands now."""
+        (container,) = self.of(name)
+        self._start(container, {})
 
     # The engine
 
@@ -257,7 +297,7 @@ class World:
         return json.loads(json.dumps(self.containers))
 
     def image_names(self, image: str) -> list[str]:
-        return [image]
+        return [] if "pull" in self.refused else [image]
 
     def info(self) -> dict[str, Any]:
         return {"LiveRestoreEnabled": True}

@@ -55,6 +55,18 @@ def test_kinds_of_the_status_are_known() -> None:
     assert kinds - {"engine"} == set(STATUS_KINDS)
 
 
+def test_what_a_rotation_has_kept_is_no_secret_that_is_empty_or_open(tmp_path: Path) -> None:
+    kept = tmp_path / "secrets/.before"
+    kept.mkdir(parents=True, mode=0o700)
+    (kept / "was-not-there").touch(mode=0o400)
+    (kept / "keys.txt").write_text("public")
+    doctor = Doctor(Site("wht", tmp_path, "wht-nginx"))
+    assert [f.what for f in doctor.examine(["secret-open"]) if f.verdict in ("fail", "warn")] == []
+    kept.chmod(0o755)
+    (found,) = doctor.examine(["secret-open"])
+    assert (found.verdict, found.what) == ("fail", f"{kept} may be entered by others (mode 0755)")
+
+
 def test_cause_and_remedy_come_from_the_guide() -> None:
     shown = with_guide(
         [Finding("disk-full", "fail", "/: 3 MB are free"), Finding("engine-old", "ok", "26")], GUIDE

@@ -196,6 +196,12 @@ def test_a_service_that_the_release_before_did_not_have_is_removed():
     assert back.remove == ("api-3",)
 
 
+def test_services_with_other_secrets_are_replaced_last_whatever_their_hash_says():
+    back = plan_undo(release(), ["api-1", "worker"], planned(api_1="replace"), ["api-2", "api-1", "worker"])
+    assert [service.name for service in back.replace] == ["worker", "api-1", "api-2"]
+    assert back.keep == ()
+
+
 # Gates
 
 

@@ -9,6 +9,7 @@ import pytest
 from ansible.module_utils import site_status
 from ansible.module_utils.deploy_lock import DeployLock
 from ansible.module_utils.deploy_record import DeployRecords
+from ansible.module_utils.kept_secrets import KeptSecrets
 from ansible.module_utils.release import ReleaseStore, WantedFile, plan_release
 from ansible.module_utils.site_status import Bounds, SiteStatus
 from ansible.module_utils.site_status_text import lines
@@ -188,6 +189,26 @@ def test_a_secret_that_was_replaced_since_a_container_started_is_named(site):
     assert site.found() == [("file", str(outside))]
     outside.unlink()
     assert site.found() == [("file", str(outside))]
+
+
+def test_a_rotation_that_was_put_back_leaves_no_drift(site):
+    """Containers that were not touched have the very file that stands again."""
+    key, inside = site.root / "secrets/api/key", site.root / "inside"
+    key.parent.mkdir(parents=True)
+    key.write_text("old")
+    os.link(key, inside)
+    site.containers[0]["Mounts"] = [
+        {"Type": "bind", "Source": str(key), "Destination": str(inside)},
+    ]
+    kept = KeptSecrets(site.root / "secrets")
+    kept.keep("api/key", site.release.name)
+    (site.root / "new").write_text("new")
+    os.rename(site.root / "new", key)
+    assert site.found() == [("file", str(key))], (
+        "it says that the container has the old one, and nothing else"
+    )
+    kept.put_back()
+    assert site.found() == []
 
 
 def test_leftovers_of_a_run_that_died_are_named_and_those_of_one_at_work_are_not(site):
