@@ -542,3 +542,5 @@ class Cluster:
             for name in names:
                 testhost.docker("image", "rm", "--force", name, check=False)
             shutil.rmtree(Path("/etc/docker/certs.d") / self.registry, ignore_errors=True)
+            # Where this machine, which builds, notes that.
+            shutil.rmtree(Path("/opt") / self.name, ignore_errors=True)
