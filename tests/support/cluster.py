@@ -226,13 +226,19 @@ class Cluster:
         """File with the vault's password."""
         return self.directory / "vault-password"
 
-    def secret(self, name: str) -> str:
-        """A secret of the vault."""
+    @property
+    def vault(self) -> dict[str, Any]:
+        """What the vault holds."""
         command = ["ansible-vault", "view", "--vault-password-file", str(self.vault_password)]
         command.append(str(self.inventory / "group_vars" / "all" / "vault.yml"))
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        document = yaml.safe_load(shown)
-        return str(document.get(name) or document["vault_secrets"][name])
+        found: dict[str, Any] = yaml.safe_load(shown)
+        return found
+
+    def secret(self, name: str) -> str:
+        """A secret of the vault."""
+        vault = self.vault
+        return str(vault.get(name) or vault["vault_secrets"][name])
 
     # Making it
 
