@@ -16,6 +16,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from webhook_api.logpipe import handler_for
+
 REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 """Id of the HTTP request (or of the delivery that a worker handles) which is being served."""
 
@@ -60,7 +62,7 @@ class JsonFormatter(logging.Formatter):
 
 def configure(level: str, **static: str) -> None:
     """Send all logs of the process to standard error as JSON. ``static`` fields stand in every line."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = handler_for(sys.stderr)
     handler.setFormatter(JsonFormatter(**static))
     root = logging.getLogger()
     root.handlers[:] = [handler]
