@@ -173,6 +173,8 @@ class Settings:
     otlp_headers: Mapping[str, str] | None = field(default=None, repr=False)
     telegram: TelegramSettings | None = None
     """``None``: no messages (or the command has no need of it)."""
+    edge_tls_address: tuple[str, int] | None = None
+    """Where the worker reads the edge's certificate; ``None``: nowhere."""
 
     @property
     def production(self) -> bool:
@@ -323,6 +325,7 @@ def _read(reader: _Reader, needs: frozenset[Need]) -> Settings:
         otlp_endpoint=_otlp(reader),
         otlp_headers=_otlp_headers(reader),
         telegram=_telegram(reader) if Need.OUTBOUND in needs else None,
+        edge_tls_address=_edge_address(reader),
     )
 
 
@@ -502,6 +505,16 @@ def _host_ports(reader: _Reader, name: str) -> frozenset[str]:
         if not re.fullmatch(r"(?:[a-z0-9.-]+|\[[0-9a-f:]+\]):[0-9]{1,5}", entry):
             reader.faults.append(f"{name}: {entry!r} is not host:port")
     return entries
+
+
+def _edge_address(reader: _Reader) -> tuple[str, int] | None:
+    value = reader.text("EDGE_TLS_ADDRESS")
+    if not value:
+        return None
+    if not (found := re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", value)):
+        reader.faults.append(f"EDGE_TLS_ADDRESS is {value!r}: give host:port")
+        return None
+    return found[1].strip("[]"), int(found[2])
 
 
 def _place(reader: _Reader, name: str, url: str) -> Place | None:

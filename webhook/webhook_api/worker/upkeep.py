@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from webhook_api import metrics_upkeep, reconcile, retention
+from webhook_api import certificate, metrics_upkeep, reconcile, retention
 from webhook_api.config import Settings
 from webhook_api.worker.metrics import REGISTRY
 
 JOBS: Final[dict[str, Callable[[Settings, threading.Event], None]]] = {
     "reconcile": reconcile.job,
     "retention": retention.job,
+    "certificate": certificate.job,
 }
 
 metrics_upkeep.register(REGISTRY)
