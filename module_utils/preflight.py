@@ -16,6 +16,8 @@ from typing import Any, Protocol
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 DOCKER_ROOT = "/var/lib/docker"
 _WILDCARDS = ("", "*", "0.0.0.0", "::", "[::]")  # noqa: S104  (compared with, not bound to)
+#: The interface of a network of the engine, unless it was given a name.
+_BRIDGE = re.compile(r"br-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,17 @@ def engine_faults(engine: Engine, engine_min: str, compose_min: str) -> list[str
 
 
 def subnet_faults(
-    wanted: Mapping[str, str], networks: Sequence[DockerNetwork], routes: Sequence[tuple[str, Network]]
+    wanted: Mapping[str, str],
+    networks: Sequence[DockerNetwork],
+    routes: Sequence[tuple[str, Network]],
+    *,
+    engine_down: bool = False,
 ) -> list[str]:
-    """Wanted subnets (network name -> subnet) that overlap other networks of the engine or routes of the host."""
+    """Wanted subnets (network name -> subnet) that overlap other networks of the engine or routes of the host.
+
+    :param engine_down: an engine is installed and does not run. Its networks stay with the containers that it left
+        running (live-restore), and nobody tells their names: a bridge with exactly our subnet is taken for ours.
+    """
     faults = []
     bridges = {n.bridge or f"br-{n.network_id[:12]}" for n in networks} | {"docker0", "docker_gwbridge"}
     for name, subnet in sorted(wanted.items()):
@@ -277,6 +287,8 @@ def subnet_faults(
         for other in networks:
             faults += _network_faults(name, network, other)
         for interface, route in routes:
+            if engine_down and route == network and _BRIDGE.fullmatch(interface):
+                continue
             if interface not in bridges and route.version == network.version and route.overlaps(network):
                 faults.append(
                     f"The subnet {subnet} of network {name} overlaps the host's route to {route} ({interface}): "
@@ -421,7 +433,8 @@ def examine(
     faults += engine_faults(engine, wishes.engine_min, wishes.compose_min)
     # A running engine always has networks. Where they could not be seen, a route may well be that of our own network.
     seen = engine.permitted and (bool(networks) or not engine.running)
-    faults += subnet_faults(wishes.subnets, networks, host.routes() if seen else [])
+    down = engine.installed and not engine.running
+    faults += subnet_faults(wishes.subnets, networks, host.routes() if seen else [], engine_down=down)
     faults += setting_faults(wishes.required_settings)
     faults += file_faults(wishes.files, host.missing_files([entry["path"] for entry in wishes.files]))
     if wishes.mirrors == "always" or (wishes.mirrors == "auto" and needs_packages(engine)):

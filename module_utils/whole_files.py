@@ -69,7 +69,7 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def guarded(path: Path, *, seconds: float = 10.0) -> Iterator[None]:
+def guarded(path: Path, *, seconds: float = 60.0) -> Iterator[None]:
     """Be the only one who has the guard file `path`. It goes with the process; TimeoutError after `seconds`."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:

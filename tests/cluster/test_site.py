@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -310,3 +311,30 @@ def test_the_registrys_disk_is_freed_and_what_is_needed_can_still_be_pulled(
         image = machine.run(f"docker inspect --format '{{{{.Config.Image}}}}' {NAME}-api-1").strip()
         login = f"--config /opt/{NAME}/docker-auth"
         machine.run(f"docker {login} pull --quiet {image}")
+
+
+# -- a host that is lost in the middle --------------------------------------------------------------------------------
+
+
+def release_of(machine: Machine) -> str:
+    return machine.run(f"readlink /opt/{NAME}/current").strip().rpartition("/")[2]
+
+
+def test_a_host_lost_in_the_middle_of_its_rollout_leaves_no_mixed_site_and_no_lock(deployed: Cluster) -> None:
+    """The hosts that were switched go back. What the lost one was at goes on to its end; the next run brings all of them."""
+    first, second = deployed.webhooks
+    before = release_of(first)
+    louder = deployed.with_variables(stack_log_level="ERROR")
+    rule = "INPUT -p tcp --dport 22 -j REJECT --reject-with tcp-reset"
+    with ThreadPoolExecutor(1) as runner:
+        run = runner.submit(deployed.site, *louder)
+        wait_for(
+            lambda: second.succeeds(f"test -e /opt/{NAME}/run/deployment.json"), "the second rollout", 300
+        )
+        with undone(second, f"iptables -I {rule}", f"iptables -D {rule}"):
+            done = run.result(600)
+    done.must_fail("UNREACHABLE!", f"Gone back: webhook-1 to {before}")
+    assert release_of(first) == before
+    assert not first.succeeds(f"test -e /opt/{NAME}/run/deployment.lock")
+    deployed.site(*louder).must_pass()
+    assert release_of(first) == release_of(second) != before

@@ -29,7 +29,7 @@ class Inventory:
     def run(self, *arguments: str, values: str = "") -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(REPO / "scripts" / "vault.py"), "--inventory", str(self.directory)]
         command += ["--password-file", str(self.password_file), *arguments]
-        return subprocess.run(command, input=values, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, input=values, capture_output=True, text=True, timeout=240, check=False)
 
     def contents(self) -> dict:
         text = VaultLib([("default", VaultSecret(PASSWORD.encode()))]).decrypt(self.vault.read_bytes())
@@ -135,7 +135,7 @@ def test_a_wrong_password_changes_nothing(inventory: Inventory) -> None:
 def test_without_a_terminal_a_password_file_is_asked_for(inventory: Inventory) -> None:
     command = [sys.executable, str(REPO / "scripts" / "vault.py"), "--inventory", str(inventory.directory)]
     run = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240, check=False
     )
     assert run.returncode == 1
     assert "--password-file" in run.stderr

@@ -34,6 +34,14 @@ RUN apt-get update \\
 """
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several runs of ansible-playbook are one test here, and each of them may take a minute on a busy machine."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1200))
+
+
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
     client = docker.from_env()
@@ -120,7 +128,7 @@ def run_module(tmp_path_factory) -> Callable[..., dict[str, Any]]:
         command += ["--check"] * check + ["--diff"] * diff
         env = os.environ | {"ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
         env["ANSIBLE_STDOUT_CALLBACK"] = "ansible.posix.json"
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
         output = json.loads(done.stdout[done.stdout.index("{") :])
         result: dict[str, Any] = output["plays"][0]["tasks"][0]["hosts"]["localhost"]
         result["output"] = done.stdout + done.stderr

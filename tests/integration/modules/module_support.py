@@ -22,7 +22,7 @@ def tar_of(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 20, what: str = "the condition") -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 120, what: str = "the condition") -> Any:
     """Return the first true value of `condition`; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

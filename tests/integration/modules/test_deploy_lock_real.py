@@ -25,7 +25,7 @@ from ansible.module_utils.deploy_lock import DeployLock
 
 site, log, number, ends = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 lock, run = DeployLock(site), {run!r}.format(number)
-lock.acquire(run, f"run {{number}}", wait=120)
+lock.acquire(run, f"run {{number}}", wait=600)
 with open(log, "a") as file:
     file.write(f"+{{number}}\\n")
     file.flush()
@@ -70,7 +70,7 @@ def log_of(tmp_path):
 
 def test_of_twenty_at_once_each_has_it_alone_though_half_of_them_die_with_it(start, tmp_path):
     processes = [start(number, "releases" if number % 2 else "dies") for number in range(20)]
-    assert [process.wait(timeout=120) for process in processes] == [0] * 20
+    assert [process.wait(timeout=600) for process in processes] == [0] * 20
     log = log_of(tmp_path)
     assert sorted(log) == sorted(f"{sign}{number}" for sign in "+-" for number in range(20))
     assert all(log[i][1:] == log[i + 1][1:] and log[i][0] == "+" for i in range(0, 40, 2))
@@ -98,9 +98,9 @@ def playbook(tmp_path):
     """Start a run of a small playbook that takes the lock, waits for a file, and gives the lock back."""
     site = str(tmp_path / "site")
     tasks = [
-        {"deploy_lock": {"path": site, "owner": "{{ who }}", "wait": 60}, "register": "lock"},
+        {"deploy_lock": {"path": site, "owner": "{{ who }}", "wait": 300}, "register": "lock"},
         {"ansible.builtin.copy": {"dest": str(tmp_path / "has-{{ who }}"), "content": "{{ lock.run }}"}},
-        {"ansible.builtin.wait_for": {"path": str(tmp_path / "go-{{ who }}"), "timeout": 60, "sleep": 1}},
+        {"ansible.builtin.wait_for": {"path": str(tmp_path / "go-{{ who }}"), "timeout": 600, "sleep": 1}},
         {"deploy_lock": {"path": site, "state": "released", "run": "{{ lock.run }}"}},
     ]
     interpreter = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
@@ -126,20 +126,20 @@ def playbook(tmp_path):
 def test_of_two_playbooks_one_waits_and_one_that_is_killed_holds_up_nobody(playbook, tmp_path):
     lock = DeployLock(tmp_path / "site")
     first = playbook("one")
-    wait_for((tmp_path / "has-one").exists, 60, "the first run's lock")
+    wait_for((tmp_path / "has-one").exists, 240, "the first run's lock")
     assert lock.read().process.pid == first.pid
     second = playbook("two")
     third = playbook("three")
     first.kill()
     first.wait()
     wait_for(
-        lambda: any((tmp_path / f"has-{who}").exists() for who in ("two", "three")), 60, "the second's lock"
+        lambda: any((tmp_path / f"has-{who}").exists() for who in ("two", "three")), 240, "the second's lock"
     )
     winner = "two" if (tmp_path / "has-two").exists() else "three"
     other = {"two": "three", "three": "two"}[winner]
     assert not (tmp_path / f"has-{other}").exists()
     (tmp_path / f"go-{winner}").touch()
-    wait_for((tmp_path / f"has-{other}").exists, 60, "the third's lock")
+    wait_for((tmp_path / f"has-{other}").exists, 240, "the third's lock")
     (tmp_path / f"go-{other}").touch()
-    assert (second.wait(60), third.wait(60)) == (0, 0), (tmp_path / f"output-{other}").read_text()
+    assert (second.wait(240), third.wait(240)) == (0, 0), (tmp_path / f"output-{other}").read_text()
     assert lock.read() is None

@@ -129,14 +129,22 @@ def test_a_name_is_unknown(tmp_path: Path) -> None:
     provoked("name-unknown", Doctor(site(tmp_path, hosts=["nowhere.invalid"])), "nowhere.invalid")
 
 
+def bound(port: int) -> socket.socket:
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.bind(("0.0.0.0", port))
+    return made
+
+
 def test_ports_are_taken_and_open(tmp_path: Path) -> None:
-    with socket.socket() as holder:
-        holder.bind(("0.0.0.0", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        provoked("port-taken", Doctor(site(tmp_path, ports=[port])), f"port {port} is held by process")
-        provoked("port-open", Doctor(site(tmp_path, api_ports=[port])), f"port {port} is open on 0.0.0.0")
-    well("port-taken", Doctor(site(tmp_path, ports=[port])))
+    # The port stays bound when its holder is gone, so that nobody else listens there.
+    with bound(0) as keeper:
+        port = keeper.getsockname()[1]
+        with bound(port) as holder:
+            holder.listen()
+            provoked("port-taken", Doctor(site(tmp_path, ports=[port])), f"port {port} is held by process")
+            provoked("port-open", Doctor(site(tmp_path, api_ports=[port])), f"port {port} is open on 0.0.0.0")
+        well("port-taken", Doctor(site(tmp_path, ports=[port])))
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()

@@ -115,7 +115,7 @@ def arguments(receiver, tmp_path):
         "delivery_url": f"{receiver.url}/hook",
         "key_file": str(tmp_path / "key"),
         "health_wait": 1,
-        "timeout": 20,
+        "timeout": 120,
     }
 
 
@@ -135,7 +135,7 @@ def test_a_delivery_is_followed_and_removed_again(run_module, service, receiver,
     assert result["request_id"].startswith("probe-")
     assert container.exec_run(["cat", "/removed"]).output.decode().split() == [result["request_id"]]
     commands = container.exec_run(["cat", "/commands"]).output.decode().splitlines()
-    assert commands == [f"trace {result['request_id']} --wait 20 --remove --json"]
+    assert commands == [f"trace {result['request_id']} --wait 120 --remove --json"]
     assert SEED not in result["output"]
     assert SECRET not in result["output"]
 

@@ -240,6 +240,17 @@ def test_our_own_network_and_its_bridges_route_are_no_overlap() -> None:
     assert subnet_faults({"cluster": "172.31.240.0/24"}, [OURS], routes) == []
 
 
+def test_with_the_engine_down_its_bridge_with_our_subnet_is_ours() -> None:
+    """Containers go on without their engine, and so does their network: the run that is to start it again must not stop."""
+    ours, larger = ipaddress.ip_network("172.31.240.0/24"), ipaddress.ip_network("172.31.240.0/20")
+    wanted = {"cluster": str(ours)}
+    bridge = "br-33d81e28b9c2"
+    assert subnet_faults(wanted, [], [(bridge, ours)], engine_down=True) == []
+    assert len(subnet_faults(wanted, [], [(bridge, ours)])) == 1
+    assert len(subnet_faults(wanted, [], [(bridge, larger)], engine_down=True)) == 1
+    assert len(subnet_faults(wanted, [], [("vpn0", ours)], engine_down=True)) == 1
+
+
 def test_overlaps_are_named() -> None:
     other = DockerNetwork("old", "f" * 64, ("172.31.0.0/16", "fd00::/64"))
     faults = subnet_faults(

@@ -172,11 +172,11 @@ def test_basic_auth_is_sent_and_the_password_is_in_no_error(recorded):
 
 
 def test_nobody_listens():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with pytest.raises(RegistryError) as caught:
-        RegistryClient(f"http://127.0.0.1:{port}", plain_http=True).ping()
+    # Bound as long as it is asked: nobody else can begin to listen there.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(RegistryError) as caught:
+            RegistryClient(f"http://127.0.0.1:{bound.getsockname()[1]}", plain_http=True).ping()
     assert caught.value.reason == "unreachable"
     assert "object at 0x" not in str(caught.value)
 

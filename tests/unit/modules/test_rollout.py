@@ -376,22 +376,27 @@ ansible.module_utils.__path__.insert(0, sys.argv[1])
 from ansible.module_utils.docker_cli import Docker
 from ansible.module_utils.rollout.journal import only_one
 with only_one(Path(sys.argv[2]), 0) as descriptor:
-    Docker(program="sh").holding(descriptor).attempt("-c", "echo begun > $0; sleep 3", sys.argv[2] + "/begun")
+    command = "echo begun > $0/begun; until [ -e $0/go ]; do sleep 0.05; done"
+    Docker(program="sh").holding(descriptor).attempt("-c", command, sys.argv[2])
 """
 
 
 def test_the_next_run_waits_for_a_command_of_a_killed_one(tmp_path):
     module_utils = str(Path(__file__).resolve().parents[3] / "module_utils")
     run = subprocess.Popen([sys.executable, "-c", HOLDER, module_utils, str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "begun").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    run.kill()
-    run.wait()
-    second = only_one(tmp_path, wait=0)
-    with pytest.raises(RolloutError, match=f"process {run.pid} since"):
-        second.__enter__()
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        run.kill()
+        run.wait()
+        second = only_one(tmp_path, wait=0)
+        with pytest.raises(RolloutError, match=f"process {run.pid} since"):
+            second.__enter__()
+    finally:
+        run.kill()
+        (tmp_path / "go").touch()
     with only_one(tmp_path, wait=60):
         pass
 

@@ -231,7 +231,7 @@ def test_many_threads_make_one_fetch(clock: Clock, key: SigningKey) -> None:
     class Slow(Source):
         def fetch(self) -> bytes:
             entered.set()
-            assert release.wait(10)
+            assert release.wait(60)
             return super().fetch()
 
     slow = Slow(key)
@@ -240,10 +240,10 @@ def test_many_threads_make_one_fetch(clock: Clock, key: SigningKey) -> None:
     threads = [threading.Thread(target=lambda: results.append(store.current())) for _ in range(8)]
     for thread in threads:
         thread.start()
-    assert entered.wait(5)
+    assert entered.wait(30)
     release.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(30)
     assert results == [(key.verify_key,)] * 8
     assert slow.fetches == 1
 
@@ -261,7 +261,7 @@ def test_who_looked_before_a_fetch_ended_makes_no_second_one(source: Source, key
             return super()._usable()
 
     store = Late(source)
-    store.refresh(5)
+    store.refresh(30)
     store.looked_early = False
     assert store.current() == (key.verify_key,)
     assert store.looked_early

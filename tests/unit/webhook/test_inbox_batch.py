@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from webhook_api.inbox import Delivery
 from webhook_api.inbox.batch import Packed, merge
 
+from tests.support.properties import examples
+
 
 def arrived(source: str, request_id: str, key: str, body: bytes) -> Delivery:
     return Delivery(
@@ -30,6 +32,7 @@ DELIVERIES = st.lists(
 )
 
 
+@examples(100)
 @given(DELIVERIES)
 def test_every_arrival_is_in_exactly_one_place(deliveries: list[Delivery]) -> None:
     """fal.md's fault table, "duplicate, also inside one batch"."""
@@ -38,6 +41,7 @@ def test_every_arrival_is_in_exactly_one_place(deliveries: list[Delivery]) -> No
     assert sorted(placed) == list(range(len(deliveries)))
 
 
+@examples(100)
 @given(DELIVERIES)
 def test_an_event_is_one_identity_with_one_body(deliveries: list[Delivery]) -> None:
     events, alone = merge(deliveries)
@@ -52,6 +56,7 @@ def test_an_event_is_one_identity_with_one_body(deliveries: list[Delivery]) -> N
         assert bodies[deliveries[position].identity] != deliveries[position].body_sha256
 
 
+@examples(100)
 @given(DELIVERIES)
 def test_the_first_to_arrive_is_the_event(deliveries: list[Delivery]) -> None:
     for event in merge(deliveries)[0]:
@@ -61,6 +66,7 @@ def test_the_first_to_arrive_is_the_event(deliveries: list[Delivery]) -> None:
         assert event.members[0] == first
 
 
+@examples(100)
 @given(DELIVERIES, st.randoms(use_true_random=False))
 def test_two_batches_take_the_same_keys_in_the_same_order(deliveries: list[Delivery], random: object) -> None:
     """Otherwise two instances could wait for each other in a circle."""

@@ -62,7 +62,7 @@ def test_a_server_that_hangs_is_given_up(server: JwksServer, http: urllib3.PoolM
     server.hold.clear()
     started = time.monotonic()
     assert reason(UrlSource(server.url, http)) == "unreachable"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 def test_a_server_that_is_not_there(http: urllib3.PoolManager) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from webhook_api.server import request as module
 from webhook_api.server.request import Fault, Headers, Reader
+
+from tests.support.properties import examples
 
 LIMIT = 1000
 
@@ -72,7 +74,7 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data())
 def test_pieces_amount_to_the_whole(name: str, data: st.DataObject) -> None:
     message = MESSAGES[name]
@@ -102,13 +104,13 @@ def test_what_the_messages_amount_to() -> None:
     }  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.binary(max_size=200), max_size=20))
 def test_no_bytes_are_a_defect(pieces: list[bytes]) -> None:
     assert outcome(pieces)[1] != "internal"
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.binary(max_size=60), st.integers(0, len(SIMPLE) + len(CHUNKED)))
 def test_no_bytes_in_the_middle_are_a_defect(noise: bytes, at: int) -> None:
     message = SIMPLE + CHUNKED

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -31,7 +33,20 @@ class House:
         stack.callback(lambda: [c.sock.close() for c in self.worker.connections.values()])
 
     def client(self) -> socket.socket:
-        return self._stack.enter_context(socket.create_connection(self.listener.getsockname(), timeout=10))
+        """One that waits to be accepted: its own end is connected a moment before the listener knows of it."""
+        before = self.queued()
+        made = self._stack.enter_context(socket.create_connection(self.listener.getsockname(), timeout=30))
+        deadline = time.monotonic() + 30
+        while self.queued() == before:
+            assert time.monotonic() < deadline, "the listener knows of it"
+            time.sleep(0.001)
+        return made
+
+    def queued(self) -> int:
+        """How many wait to be accepted: Linux says it of a socket that listens as ``tcpi_unacked``."""
+        return int(
+            struct.unpack_from("I", self.listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 24)[0]
+        )
 
     def accept(self) -> None:
         self.worker._accept(self.listener)
@@ -51,7 +66,7 @@ def stack() -> Iterator[ExitStack]:
 
 def arrived(connection: Connection) -> None:
     """Wait until what the client has sent is here."""
-    assert select.select([connection.sock], [], [], 10)[0]
+    assert select.select([connection.sock], [], [], 30)[0]
 
 
 def test_a_kept_connection_whose_next_delivery_is_here_is_not_given_up(stack: ExitStack) -> None:

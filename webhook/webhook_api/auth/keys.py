@@ -147,6 +147,16 @@ class Known:
     """Unix seconds."""
 
 
+class Flight:
+    """A fetch under way."""
+
+    def __init__(self) -> None:
+        self.landed = threading.Event()
+        """Its keys are known, or it has failed: nobody need wait any longer."""
+        self.ended = threading.Event()
+        """Its keys are in the cache file as well, and another fetch may begin."""
+
+
 class KeyStore:
     """The current keys. Thread-safe.
 
@@ -169,7 +179,7 @@ class KeyStore:
         self._cache = Cache(cache_file, source.name) if cache_file is not None else None
         self._wait = wait
         self._lock = threading.Lock()
-        self._flight: threading.Event | None = None
+        self._flight: Flight | None = None
         self._waiting = threading.BoundedSemaphore(waiters)
         self._known: Known | None = None
         self._attempted_at: float | None = None
@@ -186,19 +196,22 @@ class KeyStore:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the background thread."""
+        """End the background thread. Keys that were fetched are let reach the cache file."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(1.0)
+        flight = self._flight
+        if flight is not None and flight.landed.is_set():
+            flight.ended.wait(self._wait)
 
     def current(self) -> tuple[VerifyKey, ...]:
         """Return the keys to try. Raises AuthError(keys_unknown) when there are none."""
         known = self._usable()
         if known is None:
-            self._fetch(FAILURE_PAUSE if self._error else 0.0, self._wait, only_without_keys=True)
+            self._fetch(self._needed_at_once, self._wait)
             known = self._usable()
-        elif not 0 <= self._age(known) <= REFRESH_AFTER:
-            self._fetch(self._pause(), 0.0)
+        elif not self._fresh(known):
+            self._fetch(self._renewal_due, 0.0)
         if known is None:
             raise AuthError("keys_unknown", "fal's public keys are not known at the moment")
         return known.keys
@@ -216,10 +229,10 @@ class KeyStore:
         """
         if self._waiting.acquire(blocking=False):
             try:
-                self._fetch(RENEW_INTERVAL, self._wait)
+                self._fetch(self._others_due, self._wait)
             finally:
                 self._waiting.release()
-        elif self._coming(RENEW_INTERVAL):
+        elif self._others_coming():
             raise AuthError("keys_unknown", "fal's public keys are just being fetched: come again")
         known = self._usable()
         return known.keys if known is not None and known.keys != tried else None
@@ -227,11 +240,11 @@ class KeyStore:
     def warm(self) -> None:
         """Have keys before the first delivery needs them. Never raises."""
         if self._usable() is None:
-            self._fetch(0.0, self._wait, only_without_keys=True)
+            self._fetch(lambda: self._usable() is None, self._wait, kept=True)
 
     def refresh(self, wait: float) -> dict[str, Any]:
         """Fetch now, whenever the last attempt was, and return the status."""
-        self._fetch(0.0, wait, from_source=True)
+        self._fetch(lambda: True, wait, kept=True, from_source=True)
         return self.status()
 
     def key_set(self) -> Known | None:
@@ -244,16 +257,15 @@ class KeyStore:
         result: dict[str, Any] = {"ok": known is not None, "keys": len(known.keys) if known else 0}
         if known is not None:
             result |= {"age_seconds": round(max(0.0, self._age(known))), "stale": self._stale(known)}
-        if self._error is not None:
-            result["error"] = self._error.reason
+        error = self._error
+        if error is not None:
+            result["error"] = error.reason
         return result
 
     def tick(self) -> None:
         """Do what is due: take over what another process has fetched, fetch, show the state in the metrics."""
         self._adopt_cache()
-        known = self._usable()
-        if known is None or not 0 <= self._age(known) <= REFRESH_AFTER:
-            self._fetch(self._pause(), 0.0)
+        self._fetch(self._renewal_due, 0.0)
         self._show()
 
     def _keep_fresh(self) -> None:
@@ -272,13 +284,26 @@ class KeyStore:
         # A clock that was set back makes keys look as if they came from the future: they are fetched again, not lost.
         return known if known is not None and abs(self._age(known)) < MAX_AGE else None
 
+    def _fresh(self, known: Known) -> bool:
+        return 0 <= self._age(known) <= REFRESH_AFTER
+
     def _stale(self, known: Known) -> bool:
         return abs(self._age(known)) > STALE_AFTER
 
-    def _coming(self, interval: float) -> bool:
+    def _needed_at_once(self) -> bool:
+        return self._usable() is None and self._due(FAILURE_PAUSE if self._error else 0.0)
+
+    def _renewal_due(self) -> bool:
+        known = self._usable()
+        return (known is None or not self._fresh(known)) and self._due(self._pause())
+
+    def _others_due(self) -> bool:
+        return self._due(RENEW_INTERVAL)
+
+    def _others_coming(self) -> bool:
         """Whether a fetch is under way, or whoever is about to ask will start one."""
         with self._lock:
-            return self._flight is not None or self._due(interval)
+            return self._others_due() if self._flight is None else not self._flight.landed.is_set()
 
     def _due(self, interval: float) -> bool:
         last = self._attempted_at
@@ -298,19 +323,19 @@ class KeyStore:
         return (id(self) >> 4) % 1009 / 1009
 
     def _fetch(
-        self, interval: float, wait: float, *, from_source: bool = False, only_without_keys: bool = False
+        self, wanted: Callable[[], bool], wait: float, *, kept: bool = False, from_source: bool = False
     ) -> None:
-        """Have the keys fetched unless that was tried in the last ``interval`` seconds; wait for it ``wait`` seconds.
+        """Have the keys fetched if that is ``wanted``; wait for them ``wait`` seconds, also until they are ``kept``.
 
-        Whoever comes while a fetch is under way waits for that one. ``only_without_keys``: keys that came since the
-        caller looked will do.
+        Whoever comes while a fetch is under way waits for that one. What is wanted is asked under the lock: a fetch
+        that ended since the caller looked may have brought what the caller lacks, or have failed just now.
         """
         with self._lock:
             flight = self._flight
             if flight is None:
-                if not self._due(interval) or (only_without_keys and self._usable() is not None):
+                if not wanted():
                     return
-                flight = threading.Event()
+                flight = Flight()
                 made = threading.Thread(
                     target=self._fly, args=(flight, from_source), name="jwks-fetch", daemon=True
                 )
@@ -322,20 +347,21 @@ class KeyStore:
                 # Only now: a thread that could not be started must not stand in the way of all later ones.
                 self._flight = flight
         if wait > 0:
-            flight.wait(wait)
+            (flight.ended if kept else flight.landed).wait(wait)
 
-    def _fly(self, flight: threading.Event, from_source: bool) -> None:
+    def _fly(self, flight: Flight, from_source: bool) -> None:
         try:
             if from_source or not self._adopt_cache():
-                self._fetch_now()
+                self._fetch_now(flight)
         finally:
             self._show()
             with self._lock:
                 self._attempted_at = self._clock()
                 self._flight = None
-            flight.set()
+            flight.landed.set()
+            flight.ended.set()
 
-    def _fetch_now(self) -> None:
+    def _fetch_now(self, flight: Flight) -> None:
         JWKS_FETCHES.inc()
         try:
             document = self._source.fetch()
@@ -346,36 +372,39 @@ class KeyStore:
             JWKS_FAILURES.labels(reason=error.reason).inc()
             LOG.warning("jwks_fetch_failed", extra={"reason": error.reason, "detail": str(error)})
         else:
-            self._error = None
-            self._failures = 0
-            self._known = Known(keys, self._clock())
+            known = Known(keys, self._clock())
+            with self._lock:
+                self._known, self._error, self._failures = known, None, 0
             LOG.info("jwks_fetched", extra={"source": self._source.name, "keys": len(keys)})
+            # Before the file is written: a slow disk must not keep requests from keys that are known.
+            flight.landed.set()
             if self._cache is not None:
-                self._cache.save(document, self._known.fetched_at)
+                self._cache.save(document, known.fetched_at)
 
     def _adopt_cache(self) -> bool:
         """Take over newer keys from the cache file. True: they are so new that nothing need be fetched."""
         found = self._cache.load_if_changed() if self._cache is not None else None
         if found is None or not -RENEW_INTERVAL < self._age(found) < MAX_AGE:
             return False
-        if self._known is not None and found.fetched_at <= self._known.fetched_at:
-            return False
-        self._known = found
-        self._error, self._failures = None, 0
+        with self._lock:
+            if self._known is not None and found.fetched_at <= self._known.fetched_at:
+                return False
+            self._known, self._error, self._failures = found, None, 0
         LOG.info("jwks_cache_loaded", extra={"age_seconds": round(self._age(found))})
         return self._age(found) < RENEW_INTERVAL
 
     def _show(self) -> None:
-        known = self._usable()
-        stale = known is not None and self._stale(known)
-        JWKS_KEYS.set(len(known.keys) if known else 0)
-        JWKS_AGE.set(max(0.0, self._age(known)) if known else 0.0)
-        JWKS_STALE.set(1 if stale else 0)
+        # All of it under the lock: an older view must not be shown after a newer one.
         with self._lock:
+            known, error = self._usable(), self._error
+            stale = known is not None and self._stale(known)
+            JWKS_KEYS.set(len(known.keys) if known else 0)
+            JWKS_AGE.set(max(0.0, self._age(known)) if known else 0.0)
+            JWKS_STALE.set(1 if stale else 0)
             alarm = stale and not self._was_stale
             self._was_stale = stale
         if alarm:
-            reason = self._error.reason if self._error else "not_fetched"
+            reason = error.reason if error else "not_fetched"
             LOG.error("jwks_stale", extra={"reason": reason, "hours_left": _hours_left(known, self._clock())})
 
 

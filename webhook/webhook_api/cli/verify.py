@@ -117,6 +117,7 @@ def _verifiers(jwks: Path | None, loaded: Settings | None) -> Verifiers:
     store = KeyStore(
         key_source(loaded.fal_jwks_url, loaded.fal_jwks_file), cache_file=loaded.fal_jwks_cache_file
     )
+    click.get_current_context().call_on_close(store.stop)
     return Verifiers(store, loaded.sources)
 
 
