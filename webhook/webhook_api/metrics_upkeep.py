@@ -56,6 +56,8 @@ CERTIFICATE_ENDS: Final = _gauge(
     "When the certificate ends that the edge shows; Unix time, 0 while it is not known",
 )
 CERTIFICATE_UP: Final = _gauge("webhook_certificate_up", "Whether the edge's certificate could be read")
+INCIDENTS_OPEN: Final = _gauge("webhook_incidents_open", "1 while an incident of a kind is open", "kind")
+NOTICES: Final = _counter("webhook_notices", "Notices of incidents (sent, failed)", "outcome")
 
 
 def register(registry: CollectorRegistry) -> None:
@@ -63,6 +65,6 @@ def register(registry: CollectorRegistry) -> None:
     for metric in (
         RECONCILE_RUNS, RECONCILE_ANSWERS, RECONCILE_ERRORS, RECONCILE_CLOSED, RECONCILE_WAITING, RECONCILE_OLDEST,
         RECONCILE_PAUSED, PRUNE_RUNS, PRUNE_ROWS, PRUNE_ERRORS, PRUNE_BATCH, TABLE_BYTES, TABLE_ROWS,
-        CERTIFICATE_ENDS, CERTIFICATE_UP,
+        CERTIFICATE_ENDS, CERTIFICATE_UP, INCIDENTS_OPEN, NOTICES,
     ):  # fmt: skip
         registry.register(metric)
