@@ -5,7 +5,7 @@ ARGS ?=
 SITE ?= aisha-webhook
 PLAYBOOK = PATH="$(CURDIR)/.venv/bin:$$PATH" ansible-playbook
 
-.PHONY: help up check update verify rollback status vault prune send down logs shell backup restore bundle doctor test test-fresh test-cluster bench-intake bench-worker bench-table bench-rollout soak lint sbom audit unit lock clean
+.PHONY: help up check update verify rollback status unlock vault prune send down logs shell backup restore bundle doctor test test-fresh test-cluster bench-intake bench-worker bench-table bench-rollout soak lint sbom audit unit lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,10 @@ rollback: ## back to the release that served before (ARGS="-e release=r-…", AR
 status: ## what runs where, its health and its release
 	@scripts/controller.sh requirements.txt
 	@$(PLAYBOOK) playbooks/status.yml $(ARGS)
+
+unlock: ## take the deployment lock away from a run that is known to be dead (ARGS="-e lock_break=any"; docs/releases.md)
+	@scripts/controller.sh requirements.txt
+	@$(PLAYBOOK) playbooks/unlock.yml $(ARGS)
 
 vault: ## write the encrypted vault of inventory/production, with every secret generated (docs/production.md)
 	@scripts/controller.sh requirements.txt

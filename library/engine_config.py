@@ -17,6 +17,17 @@ description:
   - Where there is no systemd, starts an engine that does not run, and restarts one that must be.
   - Says which packages are missing, and which of the Python libraries that other modules need.
 options:
+  state:
+    description:
+      - V(present) brings the engine to what is wanted. V(absent) takes back what O(note) says of the registry - its entry
+        in C(insecure-registries) and the certificate of its authority, where nobody has changed them since - and leaves all
+        else as it is.
+    type: str
+    choices: [present, absent]
+    default: present
+  note:
+    description: File that keeps what this module has added for the registry; empty for none.
+    type: path
   path:
     description: The engine's configuration file.
     type: path
@@ -109,6 +120,7 @@ reason:
   sample: bad_json
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -123,6 +135,7 @@ from ansible.module_utils.engine_config import (
     EngineConfigError,
     EngineHost,
     Plan,
+    Trust,
     action_for,
     changed_keys,
     merge,
@@ -130,11 +143,14 @@ from ansible.module_utils.engine_config import (
     observe,
     packages_for,
     parse,
+    without,
     without_flags,
 )
 from ansible.module_utils.preflight import parse_os_release
 
 ARGUMENTS = {
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
+    "note": {"type": "path"},
     "path": {"type": "path", "default": "/etc/docker/daemon.json"},
     "settings": {"type": "dict", "default": {}},
     "registry": {"type": "str", "default": ""},
@@ -175,6 +191,9 @@ class Run:
         after = merge(before, self.wanted)
         keys = changed_keys(before, after)
         if keys and self.engine.installed:
+            have = before.get("insecure-registries") or []
+            new = [entry for entry in after.get("insecure-registries") or [] if entry not in have]
+            self._remember(Trust(tuple(new)))
             self._write(text, json.dumps(after, indent=2, ensure_ascii=False) + "\n")
         if self.engine.running:
             self.action = action_for(keys | not_in_effect(self.engine.info, self.wanted))
@@ -195,10 +214,45 @@ class Run:
         have = target.read_text() if target.exists() else ""
         if have == content:
             return
+        if not have or str(target) in self._noted().certificates:
+            self._remember(Trust(certificates={str(target): _digest(content)}))
         self._note(have, content, target)
         if not self.module.check_mode:
             target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             self._replace(content, target)
+
+    def forget(self) -> None:
+        """Take back what was added for the registry."""
+        trust, text = self._noted(), self.host.text()
+        self.wanted = {}
+        before = parse(text, str(self.host.path))
+        after = without(before, trust)
+        if before != after:
+            self._write(text, json.dumps(after, indent=2, ensure_ascii=False) + "\n")
+            self.action = "reload" if self.engine.running else "none"
+        for name, digest in trust.certificates.items():
+            path = Path(name)
+            if path.is_file() and _digest(path.read_text()) == digest:
+                self._note(path.read_text(), "", path)
+                if not self.module.check_mode:
+                    path.unlink()
+                    if not any(path.parent.iterdir()):
+                        path.parent.rmdir()
+        if not self.module.check_mode and self.module.params["note"]:
+            Path(self.module.params["note"]).unlink(missing_ok=True)
+
+    def _noted(self) -> Trust:
+        note = self.module.params["note"]
+        return Trust.read(Path(note)) if note else Trust()
+
+    def _remember(self, trust: Trust) -> None:
+        """Before it is done: what is noted and was not done is no harm."""
+        note = self.module.params["note"]
+        after = self._noted().and_also(trust)
+        if not note or self.module.check_mode or after == self._noted():
+            return
+        Path(note).parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        self._replace(after.text(), Path(note))
 
     def effect(self) -> None:
         """Reload, restart or start, as far as that is this module's to do."""
@@ -255,14 +309,22 @@ class Run:
         )
 
 
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def main() -> None:
     """Wire the parts."""
     module = AnsibleModule(ARGUMENTS, supports_check_mode=True, required_by={"registry_ca": ["registry"]})
     run = Run(module)
     try:
-        run.settings()
-        run.certificate()
-        missing = run.missing()
+        if module.params["state"] == "absent":
+            run.forget()
+            missing = asdict(Plan())
+        else:
+            run.settings()
+            run.certificate()
+            missing = run.missing()
         run.effect()
     except (EngineConfigError, DockerError) as error:
         module.fail_json(msg=str(error), reason=error.reason)

@@ -38,6 +38,13 @@ options:
     description: How many of the newest images of each repository stay, whoever needs them.
     type: int
     default: 10
+  retired:
+    description:
+      - With O(scope=engine), those of O(repositories) that this site uses no more. Of those none stays for being new, only
+        what is needed here. In a registry other sites may go on using them.
+    type: list
+    elements: str
+    default: []
   path:
     description: With O(scope=engine), the site's directory; its releases are read.
     type: path
@@ -141,6 +148,7 @@ ARGUMENTS = {
     "repositories": {"type": "list", "elements": "str", "required": True},
     "registry": {"type": "str", "required": True},
     "keep": {"type": "int", "default": 10},
+    "retired": {"type": "list", "elements": "str", "default": []},
     "path": {"type": "path"},
     "needed": {"type": "list", "elements": "str"},
     "username": {"type": "str"},
@@ -154,8 +162,11 @@ ARGUMENTS = {
 def prune_engine(params: dict, *, check: bool) -> tuple[Outcome, list[str]]:
     """Prune this host's engine; the outcome, and what its releases need."""
     needed = needed_references(Path(params["path"]))
-    repositories = [f"{params['registry']}/{name}" for name in params["repositories"]]
-    return EnginePrune(Docker(), needed, params["keep"], check=check).run(repositories), needed
+    repositories, retired = (
+        [f"{params['registry']}/{name}" for name in params[names]] for names in ("repositories", "retired")
+    )
+    prune = EnginePrune(Docker(), needed, params["keep"], check=check, retired=retired)
+    return prune.run(repositories), needed
 
 
 def prune_registry(params: dict, *, check: bool) -> Outcome:

@@ -18,11 +18,18 @@ options:
     description: The file of C(sysctl.d) that keeps the settings. It belongs to this module alone.
     type: path
     required: true
+  state:
+    description:
+      - V(present) sets what differs. V(absent) gives back the values that the settings of O(file) had before this module
+        changed them, where nobody has changed them since, and removes the file.
+    type: str
+    choices: [present, absent]
+    default: present
   settings:
     description: The wanted settings. All are whole numbers.
     type: list
     elements: dict
-    required: true
+    default: []
     suboptions:
       name:
         description: Its name, with dots.
@@ -96,17 +103,20 @@ from ansible.module_utils.kernel_settings import (
     Setting,
     differences,
     file_text,
+    kept_settings,
     read_setting,
+    undone,
     write_file,
     write_setting,
 )
 
 ARGUMENTS = {
     "file": {"type": "path", "required": True},
+    "state": {"type": "str", "choices": ["present", "absent"], "default": "present"},
     "settings": {
         "type": "list",
         "elements": "dict",
-        "required": True,
+        "default": [],
         "options": {
             "name": {"type": "str", "required": True},
             "value": {"type": "int", "required": True},
@@ -124,6 +134,18 @@ def ensure(wanted, read, file, check, root=Path("/proc/sys")):
     changes = differences(wanted, values)
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     after = file_text(before, wanted, changes, values)
+    return apply(changes, values, file, before, after, check, root)
+
+
+def forget(file, check, root=Path("/proc/sys")):
+    """Give the kernel back what it had, and remove the file (not in check mode); the module's result."""
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    values = {name: read_setting(root, name) for name in kept_settings(before)}
+    return apply(undone(before, values), values, file, before, "", check, root)
+
+
+def apply(changes, values, file, before, after, check, root):
+    """Write what differs (not in check mode); the module's result."""
     if not check:
         for change in changes:
             write_setting(root, change.name, change.after)
@@ -148,9 +170,13 @@ def ensure(wanted, read, file, check, root=Path("/proc/sys")):
 def main():
     """Read the arguments, do the work, and answer."""
     module = AnsibleModule(argument_spec=ARGUMENTS, supports_check_mode=True)
+    file = Path(module.params["file"])
     wanted = [Setting(**entry) for entry in module.params["settings"]]
     try:
-        result = ensure(wanted, module.params["read"], Path(module.params["file"]), module.check_mode)
+        if module.params["state"] == "absent":
+            result = forget(file, module.check_mode)
+        else:
+            result = ensure(wanted, module.params["read"], file, module.check_mode)
     except KernelSettingsError as error:
         module.fail_json(msg=str(error), reason=error.reason)
     module.exit_json(**result)

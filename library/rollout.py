@@ -13,9 +13,12 @@ description:
     refused is tried - images are pulled by digest unless they are here, nginx tests its configuration, the
     database is migrated. Then instances are replaced one after the other, each taken out of use by a switch
     file, then the worker, then nginx with two containers side by side. Every step is behind a gate of
-    consecutive healthy answers that name the release.
+    consecutive healthy answers that name the release. A new nginx is rehearsed first, on sockets that no
+    client can reach.
   - When a step fails, what was replaced becomes the current release's again by the same path, and the module
     fails with what happened, the container's state, health log and last lines.
+  - Secrets that M(secret_files) has replaced and kept are put back before a container of the current release is started,
+    and when nothing was replaced; when the release serves, what was kept of them is removed.
   - It goes on when its controller goes away, ends in order when it gets SIGTERM or SIGINT, and completes or undoes
     what a killed run has left.
   - Keeps C(run/deployment.json) up to date and adds one record to C(deployments.jsonl).
@@ -113,6 +116,12 @@ options:
     description: Seconds to wait for another rollout on this host, one whose controller was killed for example.
     type: float
     default: 120
+  settle:
+    description:
+      - Whether what was kept of replaced secrets is removed when the release serves.
+      - V(false) where other hosts of the run may still fail, and this one go back with them; M(kept_secrets) does it then.
+    type: bool
+    default: true
   probe:
     description: A probe before the release becomes the current one; options as those of M(webhook_probe), without
       C(docker_host). C(release) is the release's. Empty for none.
@@ -200,6 +209,12 @@ to:
   description: The release.
   returned: success
   type: str
+kept_secrets:
+  description: Names of replaced secrets whose value of before is still kept - the containers don't use the new one yet, or
+    O(settle) is V(false).
+  returned: when not in check mode, with O(kind=deploy) and O(kind=rollback)
+  type: list
+  elements: str
 known:
   description: Whether the plan could be made. Only V(false) in check mode, where nothing stands yet.
   returned: in check mode
@@ -222,8 +237,8 @@ container:
   type: dict
 reason:
   description: V(no_release), V(damaged), V(bad_release), V(locked), V(image_missing), V(edge_refused),
-    V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed), V(no_other_instance),
-    V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
+    V(rehearsal_failed), V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed),
+    V(no_other_instance), V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
   returned: on failure
   type: str
 """
@@ -286,6 +301,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "log_lines": {"type": "int", "default": 30},
     "docker_config": {"type": "str", "default": ""},
     "wait": {"type": "float", "default": 120.0},
+    "settle": {"type": "bool", "default": True},
     "probe": {"type": "dict", "default": {}},
     "contents": {"type": "dict", "default": {}},
     "metadata": {"type": "dict", "default": {}},
@@ -298,7 +314,7 @@ FAULTS = (RolloutError, EngineError, DockerError, ReleaseError)
 def settings(params: dict) -> Settings:
     """The parameters as the rollout takes them."""
     same = ("kind", "run", "host", "owner", "controller", "reason", "version", "keepalive", "health_timeout")
-    same += ("migrate_timeout", "log_lines", "docker_config", "wait")
+    same += ("migrate_timeout", "log_lines", "docker_config", "wait", "settle")
     gate, drain = params["gate"], params["drain"]
     return Settings(
         site_dir=Path(params["site_dir"]),

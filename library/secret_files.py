@@ -13,6 +13,8 @@ description:
   - A secret that was generated stays as it is until its file is removed. A given value replaces what stands.
   - Files are replaced as a whole, belong to the user that reads them, and are never shown. Directories may be passed
     through and not listed.
+  - While a release of O(site_dir) serves, what is replaced can be kept for it, for root alone, until module M(rollout) has
+    proven the new one or puts the old one back.
   - Returns the values for later tasks, so the module refuses to run in a task without C(no_log).
 options:
   path:
@@ -23,6 +25,11 @@ options:
     description: Mode of the directories.
     type: str
     default: "0711"
+  site_dir:
+    description:
+      - The site's directory, whose C(current) names the release that serves. With it, files with O(files[].keep) are kept
+        in C(.before) of O(path) when they are replaced. Where no release serves yet, nothing is kept.
+    type: path
   files:
     description: The secrets.
     type: list
@@ -75,6 +82,16 @@ options:
       mode:
         description: Mode of the file; V(0400) by default and V(0444) for a public one. Others may never read a secret.
         type: str
+      keep:
+        description: Whether the file that is replaced is kept until a release has proven the new one. See O(site_dir).
+        type: bool
+        default: false
+      retire:
+        description:
+          - Whether a secret without a value is no longer wanted. Where its file stands, random characters that nobody knows
+            take the place of what is in it - releases that mount the file still start, and it lets nobody in.
+        type: bool
+        default: false
 attributes:
   check_mode:
     support: full
@@ -112,7 +129,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 values:
-  description: The secrets by name.
+  description: The secrets by name, without retired ones.
   returned: success
   type: dict
 version:
@@ -125,9 +142,15 @@ versions:
   returned: success
   type: dict
 actions:
-  description: What was (in check mode, would be) done, by name - V(generate), V(create), V(replace), V(owner), V(mode).
+  description: What was (in check mode, would be) done, by name - V(generate), V(create), V(replace), V(retire), V(owner),
+    V(mode).
   returned: success
   type: dict
+kept:
+  description: Names of the secrets whose file of before is (in check mode, would be) kept for the release that serves.
+  returned: success
+  type: list
+  elements: str
 placeholders:
   description: Names of the secrets whose value is a stand-in, because check mode generates nothing.
   returned: success
@@ -143,6 +166,7 @@ reason:
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.release import ReleaseStore
 from ansible.module_utils.secret_files import SecretError, SecretFiles, SecretSpec
 
 GENERATE = {
@@ -156,6 +180,7 @@ DERIVE = {
 ARGUMENTS = {
     "path": {"type": "path", "required": True},
     "directory_mode": {"type": "str", "default": "0711"},
+    "site_dir": {"type": "path"},
     "files": {
         "type": "list",
         "elements": "dict",
@@ -168,6 +193,8 @@ ARGUMENTS = {
             "owner": {"type": "int", "default": 0},
             "group": {"type": "int"},
             "mode": {"type": "str"},
+            "keep": {"type": "bool", "default": False},
+            "retire": {"type": "bool", "default": False},
         },
     },
 }
@@ -185,7 +212,8 @@ def main() -> None:
     params = module.params
     try:
         specs = [SecretSpec.from_params(entry) for entry in params["files"]]
-        files = SecretFiles(Path(params["path"]), specs, int(params["directory_mode"], 8))
+        serves = ReleaseStore(params["site_dir"]).linked("current") if params["site_dir"] else None
+        files = SecretFiles(Path(params["path"]), specs, int(params["directory_mode"], 8), serves or "")
         changed = files.plan()
         if changed and not module.check_mode:
             files.apply()
@@ -200,6 +228,7 @@ def main() -> None:
         version=files.version(),
         versions=files.versions(),
         actions=files.actions(),
+        kept=files.kept(),
         placeholders=files.placeholders(),
     )
 

@@ -23,7 +23,9 @@ options:
     choices: [written, read]
     required: true
   project:
-    description: Directory of the project. In a git checkout, the files that git knows; else all of it.
+    description:
+      - Directory of the project. In a git checkout, the files that git knows or does not ignore; else all of it.
+      - Bundles, keys, certificates and vaults that are no part of the project stay out.
     type: path
   wheels:
     description: Directory with wheels.

@@ -19,6 +19,10 @@ options:
     description: The site's directory.
     type: path
     required: true
+  certificate_fail_days:
+    description: Days left from which on that finding is of the verdict C(fail).
+    type: int
+    default: 7
   certificate_days:
     description: Days left from which on the certificate is a finding.
     type: int
@@ -72,12 +76,13 @@ ok:
   returned: success
   type: bool
 findings:
-  description: What is not as it should be, each with C(kind), C(name) and C(what).
+  description: What is not as it should be, each with C(kind), C(name), C(what) and C(verdict) (C(fail) or C(warn)).
   returned: success
   type: list
   elements: dict
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule, missing_required_lib
@@ -89,6 +94,7 @@ from ansible.module_utils.site_status_text import lines
 ARGUMENTS = {
     "site_dir": {"type": "path", "required": True},
     "certificate_days": {"type": "int", "default": 21},
+    "certificate_fail_days": {"type": "int", "default": 7},
     "disk_free_mb": {"type": "int", "default": 2000},
     "deployments": {"type": "int", "default": 5},
 }
@@ -99,9 +105,7 @@ def main() -> None:
     module = AnsibleModule(ARGUMENTS, supports_check_mode=True)
     if DOCKER_IMPORT_ERROR:
         module.fail_json(msg=missing_required_lib("docker", reason="(package python3-docker)"))
-    bounds = Bounds(
-        **{name: module.params[name] for name in ("certificate_days", "disk_free_mb", "deployments")}
-    )
+    bounds = Bounds(**{name: module.params[name] for name in asdict(Bounds())})
     try:
         engine = Engine()
     except EngineError as error:

@@ -100,6 +100,45 @@ def merge(existing: Mapping[str, Any], wanted: Mapping[str, Any]) -> Settings:
     return merged
 
 
+@dataclass(frozen=True)
+class Trust:
+    """What was added to an engine so that it takes images from a site's registry; noted in the site's directory."""
+
+    insecure: tuple[str, ...] = ()
+    certificates: Mapping[str, str] = field(default_factory=dict)
+    """Path of each, and the SHA-256 of what was put there."""
+
+    @classmethod
+    def read(cls, path: Path) -> Trust:
+        """As it was noted; nothing where there is no note, or none that can be read."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(tuple(found["insecure-registries"]), dict(found["certificates"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls()
+
+    def and_also(self, other: Trust) -> Trust:
+        """Both together."""
+        insecure = tuple(dict.fromkeys((*self.insecure, *other.insecure)))
+        return Trust(insecure, {**self.certificates, **other.certificates})
+
+    def text(self) -> str:
+        """For the file."""
+        found = {"insecure-registries": list(self.insecure), "certificates": dict(self.certificates)}
+        return json.dumps(found, indent=2) + "\n"
+
+
+def without(existing: Mapping[str, Any], trust: Trust) -> Settings:
+    """The settings without what was added; a list that is empty then goes."""
+    kept = dict(existing)
+    have = kept.get("insecure-registries")
+    if isinstance(have, list) and set(have) & set(trust.insecure):
+        kept["insecure-registries"] = [entry for entry in have if entry not in trust.insecure]
+        if not kept["insecure-registries"]:
+            del kept["insecure-registries"]
+    return kept
+
+
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
     """Top-level settings that differ."""
     return {key for key in {*before, *after} if before.get(key) != after.get(key)}

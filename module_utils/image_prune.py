@@ -220,12 +220,22 @@ class EnginePrune:
 
     :param needed: references (name with digest or tag) that this host's kept releases name.
     :param keep: how many of the newest other images of each repository stay.
+    :param retired: repositories that nothing is built for any more: of those none stays for being new.
     """
 
-    def __init__(self, docker: Docker, needed: Sequence[str], keep: int, *, check: bool) -> None:
+    def __init__(
+        self,
+        docker: Docker,
+        needed: Sequence[str],
+        keep: int,
+        *,
+        check: bool,
+        retired: Collection[str] = (),
+    ) -> None:
         self._docker = docker
         self._needed = list(needed)
         self._keep = keep
+        self._retired = frozenset(retired)
         self._check = check
 
     def run(self, repositories: Iterable[str]) -> Outcome:
@@ -235,7 +245,7 @@ class EnginePrune:
             needed = self._ids_in_use()
             for repository in repositories:
                 images = self._images(repository)
-                doomed = engine_plan(images, needed, self._keep)
+                doomed = engine_plan(images, needed, 0 if repository in self._retired else self._keep)
                 outcome.kept += len(images) - len(doomed)
                 for image in doomed:
                     self._remove(image, outcome)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HEADER = "# Written by the deployment of this site; read at boot by sysctl.d.\n"
+_FORMER = " was "
 
 
 class KernelSettingsError(Exception):
@@ -88,21 +89,43 @@ def kept_settings(text: str) -> dict[str, int]:
     return kept
 
 
+def former_values(text: str) -> dict[str, int]:
+    """The values that the settings of such a file had before, as far as it says them."""
+    found = {}
+    for line in text.splitlines():
+        name, is_former, value = line.removeprefix("#").partition(_FORMER)
+        if line.startswith("#") and is_former and value.strip().isdigit():
+            found[name.strip()] = int(value)
+    return found
+
+
+def undone(text: str, current: dict[str, int | None]) -> list[Change]:
+    """What gives the kernel back the values that it had before; a setting that somebody has changed since is left alone."""
+    former = former_values(text)
+    return [
+        Change(name, value, former[name])
+        for name, value in kept_settings(text).items()
+        if name in former and current.get(name) == value != former[name]
+    ]
+
+
 def file_text(
     before: str, wanted: list[Setting], changes: list[Change], current: dict[str, int | None]
 ) -> str:
     """The sysctl.d file that keeps what was changed, now or by an earlier run. Empty when there is nothing to keep.
 
-    A setting that the system itself already has right is left to the system.
+    A setting that the system itself already has right is left to the system. Above each stands
+    the value that it had before the first run.
     """
     kept = kept_settings(before)
+    former = {change.name: change.before for change in changes} | former_values(before)
     changed = {change.name: change.after for change in changes}
     lines = []
     for setting in wanted:
-        if setting.name in changed:
-            lines.append(f"{setting.name} = {changed[setting.name]}\n")
-        elif setting.name in kept and current[setting.name] is not None:
-            lines.append(f"{setting.name} = {current[setting.name]}\n")
+        value = changed.get(setting.name, current[setting.name] if setting.name in kept else None)
+        if value is not None:
+            note = f"#{setting.name}{_FORMER}{former[setting.name]}\n" if setting.name in former else ""
+            lines.append(f"{note}{setting.name} = {value}\n")
     return HEADER + "".join(lines) if lines else ""
 
 

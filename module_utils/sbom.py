@@ -203,7 +203,9 @@ def _component(package: Package) -> dict[str, Any]:
 
 def _dependencies(packages: Sequence[Package], root: str) -> list[dict[str, Any]]:
     """Who needs whom among what is installed; the image itself has all that nobody else needs."""
-    by_name = {(p.kind, name): p.ref for p in packages for name in (*p.provides, p.name)}
+    # Of several that provide a name the first stands for it; a package that really has the name goes before all of them.
+    provided = {(p.kind, name): p.ref for p in reversed(packages) for name in p.provides}
+    by_name = provided | {(p.kind, p.name): p.ref for p in packages}
     edges = {
         p.ref: sorted({by_name[p.kind, n] for n in p.needs if (p.kind, n) in by_name} - {p.ref})
         for p in packages

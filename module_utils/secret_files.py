@@ -3,6 +3,8 @@
 A file is replaced as a whole (a new file, then a rename), so a reader sees the old secret or the new one. A secret that
 was generated stays what it is until its file is removed. What changed is told by versions: keyed digests that say
 whether two secrets are equal and nothing about what they are.
+
+While a release serves, what is replaced may be kept for it (`kept_secrets`), until module rollout has proven the new one.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ansible.module_utils.docker_cli import find_program
+from ansible.module_utils.kept_secrets import KeptSecrets
 from ansible.module_utils.whole_files import read_file, write_file
 
 VERSION_KEY = ".version-key"
@@ -41,6 +44,10 @@ _DEFAULT_LENGTH = {"password": 32, "hex": 64, "ed25519": 64}
 _SHORTEST = 16
 #: What may be derived and read by everyone.
 PUBLIC = ("jwks",)
+#: What a secret that is no longer wanted begins with. What follows is random, and known to nobody.
+RETIRED = "retired-"
+#: What is done to a file when its secret becomes another one.
+ROTATIONS = ("generate", "create", "replace", "retire")
 
 
 class SecretError(Exception):
@@ -56,7 +63,10 @@ class SecretError(Exception):
 
 @dataclass(frozen=True)
 class SecretSpec:
-    """One secret file. A given value wins; else what stands; else it is generated, or derived from another file."""
+    """One secret file. A given value wins; else what stands; else it is generated, or derived from another file.
+
+    `keep`: what is replaced while a release serves is kept for it. `retire`: without a value it is no longer wanted.
+    """
 
     name: str
     value: str = field(default="", repr=False)
@@ -67,6 +77,8 @@ class SecretSpec:
     owner: int = 0
     group: int = 0
     mode: int = 0o400
+    keep: bool = False
+    retire: bool = False
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> SecretSpec:
@@ -85,6 +97,8 @@ class SecretSpec:
             owner=owner,
             group=owner if group is None else int(group),
             mode=int(str(params.get("mode") or ("0444" if derive.get("kind") in PUBLIC else "0400")), 8),
+            keep=bool(params.get("keep")),
+            retire=bool(params.get("retire")),
         )
 
 
@@ -97,6 +111,10 @@ class Secret:
     present: bool = False
     actions: list[str] = field(default_factory=list)
     placeholder: bool = False
+    #: It is no longer wanted: nobody is told of it.
+    retired: bool = False
+    #: The file of before, which was kept, is what is wanted again.
+    returns: bool = False
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
@@ -212,16 +230,25 @@ def spec_faults(specs: Sequence[SecretSpec]) -> list[str]:
             )
         if spec.derive and (spec.value or spec.generate):
             faults.append(f"{spec.name} is derived: it takes no value and is not generated")
+        if spec.retire and (spec.generate or spec.derive):
+            faults.append(f"{spec.name} can't be retired: it is generated or derived, and always wanted")
         if spec.mode & 0o022 or (spec.mode & 0o007 and spec.derive not in PUBLIC):
             faults.append(f"{spec.name}: mode {spec.mode:04o} would let others read or write a secret")
     return sorted(set(faults))
 
 
 class SecretFiles:
-    """The secrets below one directory: what stands, what has to be done, and doing it."""
+    """The secrets below one directory: what stands, what has to be done, and doing it.
 
-    def __init__(self, path: Path, specs: Sequence[SecretSpec], directory_mode: int = 0o711) -> None:
+    `release`: the one that serves with what stands, for which is kept what is replaced; empty for none.
+    """
+
+    def __init__(
+        self, path: Path, specs: Sequence[SecretSpec], directory_mode: int = 0o711, release: str = ""
+    ) -> None:
         self.path = path
+        self._release = release
+        self._kept = KeptSecrets(path)
         self.secrets = [Secret(spec) for spec in specs]
         self._directory_mode = directory_mode
         self._key = b""
@@ -287,6 +314,9 @@ class SecretFiles:
             secret.value, secret.placeholder = derived(spec.derive, source.value), source.placeholder
         elif spec.value:
             secret.value = spec.value
+        elif spec.retire:
+            secret.retired = True
+            secret.value = old if old.startswith(RETIRED) else ""
         elif old:
             secret.value = old.removesuffix("\n")  # from an editor's hand
         elif spec.generate:
@@ -298,11 +328,32 @@ class SecretFiles:
         if spec.generate == "p256" and not secret.placeholder and "PRIVATE KEY-----" not in secret.value:
             return f"{spec.name} is no private key in PEM form: give another, or remove its file"
         secret.actions = self._actions(secret, old, found[1] if found else None)
+        secret.returns = self._keeps(secret) and self._is_kept(secret)
         return ""
+
+    def _keeps(self, secret: Secret) -> bool:
+        """Whether what is done to a file is kept."""
+        return bool(self._release and secret.spec.keep and set(secret.actions) & set(ROTATIONS))
+
+    def _is_kept(self, secret: Secret) -> bool:
+        """Whether the kept file is just what is wanted: its value, its reader, its mode."""
+        if secret.placeholder or secret.retired or self._kept.release() != self._release:
+            return False
+        found = read_file(self._kept.kept(secret.spec.name))
+        if found is None or found[0].removesuffix("\n") != secret.value.removesuffix("\n"):
+            return False
+        owner, spec = found[1], secret.spec
+        return (owner.st_uid, owner.st_gid, stat.S_IMODE(owner.st_mode)) == (
+            spec.owner,
+            spec.group,
+            spec.mode,
+        )
 
     @staticmethod
     def _actions(secret: Secret, old: str, status: os.stat_result | None) -> list[str]:
         spec = secret.spec
+        if secret.retired and (status is None or not secret.value):
+            return ["retire"] if secret.present else []
         if status is None or not secret.present:
             return ["generate" if spec.generate and not spec.value else "create"]
         actions = []
@@ -344,6 +395,13 @@ class SecretFiles:
         elif spec.derive:
             source = next(s for s in self.secrets if s.spec.name == spec.derive_from)
             secret.value, secret.placeholder = derived(spec.derive, source.value), False
+        elif "retire" in secret.actions:
+            secret.value = RETIRED + secrets.token_hex(24)
+        if secret.returns:
+            self._kept.put_back_one(spec.name)
+            return
+        if self._keeps(secret):
+            self._kept.keep(spec.name, self._release)
         if secret.actions:
             write_file(
                 self.path / spec.name, secret.value, owner=spec.owner, group=spec.group, mode=spec.mode
@@ -352,8 +410,8 @@ class SecretFiles:
     # -- what is told
 
     def values(self) -> dict[str, str]:
-        """The secrets themselves by name. For no_log eyes only."""
-        return {secret.spec.name: secret.value for secret in self.secrets}
+        """The secrets themselves by name, without retired ones. For no_log eyes only."""
+        return {secret.spec.name: secret.value for secret in self.secrets if not secret.retired}
 
     def version(self) -> str:
         """One version of all of them; it changes when any does."""
@@ -370,6 +428,14 @@ class SecretFiles:
     def actions(self) -> dict[str, list[str]]:
         """What is to be done to each file that is not as it has to be."""
         return {secret.spec.name: list(secret.actions) for secret in self.secrets if secret.actions}
+
+    def kept(self) -> list[str]:
+        """The names of those whose file of before is kept (in check mode: would be)."""
+        if not self._release:
+            return []
+        names = set(self._kept.names()) if self._kept.release() == self._release else set()
+        names |= {secret.spec.name for secret in self.secrets if self._keeps(secret)}
+        return sorted(names - {secret.spec.name for secret in self.secrets if secret.returns})
 
     def diff(self) -> dict[str, str]:
         """Before and after, in words: never a value."""

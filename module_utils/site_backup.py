@@ -180,7 +180,9 @@ def _ended(process: subprocess.Popen[bytes], command: Sequence[str], output: IO[
 
 
 def _named(command: Sequence[str]) -> str:
-    return f"{command[0]} {' '.join(command[-4:])}"
+    """Its program and last arguments; of one that is a whole script, the beginning."""
+    lines = [argument.strip().partition("\n")[0] for argument in (command[0], *command[1:][-4:])]
+    return " ".join(line if len(line) <= 80 else f"{line[:80]}…" for line in lines)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

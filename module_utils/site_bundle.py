@@ -19,9 +19,10 @@ import os
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,8 @@ _BLOCK = 1024 * 1024
 _LEFT_OUT = frozenset(
     {".git", ".venv", ".cache", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
 )
+#: What lies in a project and is none of it: other bundles, keys and certificates, a site's vault. As .gitignore says.
+_NOT_SHARED = ("*-bundle.tar", ".*.making", ".engine-*", "*.pem", "*.key", "vault.yml")
 
 
 class BundleError(Exception):
@@ -115,16 +118,16 @@ def write(path: Path, contents: Contents) -> dict[str, Any]:
     making = path.with_name(f".{path.name}.making")
     try:
         with tarfile.open(making, "w:", format=tarfile.PAX_FORMAT) as tar:
-            manifest = _write(tar, path.parent, contents)
+            manifest = _write(tar, path.parent, contents, (path, making))
         os.replace(making, path)
     finally:
         making.unlink(missing_ok=True)
     return manifest
 
 
-def _write(tar: tarfile.TarFile, place: Path, contents: Contents) -> dict[str, Any]:
+def _write(tar: tarfile.TarFile, place: Path, contents: Contents, own: Collection[Path]) -> dict[str, Any]:
     bundle = _Bundle(tar)
-    for name in project_files(contents.project):
+    for name in project_files(contents.project, own):
         bundle.file(f"{PROJECT}{name}", contents.project / name)
     wheels = sorted(contents.wheels.glob("*.whl")) if contents.wheels else []
     for wheel in wheels:
@@ -162,17 +165,34 @@ def _save(bundle: _Bundle, place: Path, tags: Sequence[str]) -> None:
         bundle.file(ENGINE, Path(saved.name))
 
 
-def project_files(project: Path) -> list[str]:
-    """The files of the project, relative to it."""
+def project_files(project: Path, without: Collection[Path] = ()) -> list[str]:
+    """The files of the project, relative to it; none that the project does not share, and none of `without`."""
+    own = {path.resolve() for path in without}
+    names = [name for name in _names(project) if (project / name).resolve() not in own]
+    return sorted(name for name in names if os.path.lexists(project / name))
+
+
+def _names(project: Path) -> list[str]:
+    known = _git_files(project, "--cached")
+    if known is None:
+        return [name for name in _all_files(project) if _shared(name)]
+    others = _git_files(project, "--others", "--exclude-standard") or []
+    return [name for name in known if Path(name).parts[0] not in _LEFT_OUT] + [
+        name for name in others if _shared(name)
+    ]
+
+
+def _shared(name: str) -> bool:
+    path = Path(name)
+    return path.parts[0] not in _LEFT_OUT and not any(fnmatch(path.name, pattern) for pattern in _NOT_SHARED)
+
+
+def _git_files(project: Path, *which: str) -> list[str] | None:
+    """What git says of a checkout; None where there is none."""
     asked = subprocess.run(
-        ["git", "-C", str(project), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        capture_output=True,
-        check=False,
+        ["git", "-C", str(project), "ls-files", "-z", *which], capture_output=True, check=False
     )
-    if asked.returncode == 0:
-        names = {os.fsdecode(name) for name in asked.stdout.split(b"\0") if name}
-        return sorted(n for n in names if Path(n).parts[0] not in _LEFT_OUT and os.path.lexists(project / n))
-    return sorted(_all_files(project))
+    return [os.fsdecode(n) for n in asked.stdout.split(b"\0") if n] if asked.returncode == 0 else None
 
 
 def _all_files(project: Path) -> Iterator[str]:

@@ -25,6 +25,7 @@ from ansible.module_utils.deploy_lock import DeployLock, LockError, iso
 from ansible.module_utils.deploy_record import DeployRecords, RecordError
 from ansible.module_utils.docker_cli import Docker, DockerError
 from ansible.module_utils.docker_engine import EngineError
+from ansible.module_utils.mounted_files import bind_mounts, has_process, has_what_stands
 from ansible.module_utils.release import ReleaseStore
 from ansible.module_utils.rollout.compose import Project
 from ansible.module_utils.rollout.model import Release, RolloutError, Service, parse_release
@@ -34,6 +35,8 @@ ONEOFF_LABEL = "com.docker.compose.oneoff"
 LEFT_BEHIND = (".down", ".draining")
 #: Compose projects beside the service's own, by the end of their names.
 EMBEDDED = ("registry", "backends", "monitoring")
+#: Kinds of findings that keep deliveries from being taken or processed.
+FAILING = frozenset({"release", "container", "health", "nginx", "secret", "instance", "switch"})
 #: Seconds that an instance has to answer.
 ASK_SECONDS = 3.0
 MEGABYTE = 1_000_000
@@ -61,10 +64,13 @@ class Finding:
     kind: str
     name: str
     what: str
+    verdict: str = ""
+    """fail, or warn; by its kind when it is not given."""
 
     def shown(self) -> dict[str, str]:
         """As the module returns it."""
-        return {"kind": self.kind, "name": self.name, "what": self.what}
+        verdict = self.verdict or ("fail" if self.kind in FAILING else "warn")
+        return {"kind": self.kind, "name": self.name, "what": self.what, "verdict": verdict}
 
 
 @dataclass
@@ -72,6 +78,7 @@ class Bounds:
     """From when on something is a finding."""
 
     certificate_days: int = 21
+    certificate_fail_days: int = 7
     disk_free_mb: int = 2000
     deployments: int = 5
 
@@ -119,8 +126,8 @@ class SiteStatus:
         shown["ok"] = not self.findings
         return shown
 
-    def _note(self, kind: str, name: str, what: str) -> None:
-        self.findings.append(Finding(kind, name, what))
+    def _note(self, kind: str, name: str, what: str, verdict: str = "") -> None:
+        self.findings.append(Finding(kind, name, what, verdict))
 
     # Releases
 
@@ -234,7 +241,9 @@ class SiteStatus:
         if state["Status"] != "running" or health not in (None, "healthy"):
             log = ((state.get("Health") or {}).get("Log") or [{}])[-1].get("Output", "").strip()
             what = f"is {state['Status']}{f', {health}' if health else ''}{f': {log[:300]}' if log else ''}"
-            self._note("health", name, what)
+            # One that has just started is not ill: it says so itself when it is.
+            starts = state["Status"] == "running" and health == "starting"
+            self._note("health", name, what, "warn" if starts else "")
         restarts = found.get("RestartCount", 0)
         return {
             "status": state["Status"],
@@ -245,19 +254,16 @@ class SiteStatus:
 
     def _mounts(self, service: Service, found: Mapping[str, Any]) -> None:
         """Files and directories that were replaced since the container started: it still sees the old ones."""
-        root = self.proc / str(found["State"].get("Pid") or 0) / "root"
-        for mount in found.get("Mounts") or []:
-            if mount.get("Type") != "bind" or not found["State"].get("Pid"):
-                continue
+        for mount in bind_mounts(found) if has_process(found) else ():
             try:
-                outside, inside = os.stat(mount["Source"]), os.stat(f"{root}{mount['Destination']}")
+                has_it = has_what_stands(found, mount, self.proc)
             except OSError as error:
                 if not Path(mount["Source"]).exists():
                     self._note(
                         "file", mount["Source"], f"is gone; {service.name} has it mounted ({error.strerror})"
                     )
                 continue
-            if (outside.st_dev, outside.st_ino) != (inside.st_dev, inside.st_ino):
+            if not has_it:
                 kind = "secret" if mount["Destination"].startswith("/run/secrets/") else "file"
                 self._note(
                     kind,
@@ -333,14 +339,17 @@ class SiteStatus:
             text = path.read_text(encoding="utf-8", errors="replace")
             begins, ends = validity(text)
         except (OSError, CertificateUnreadable) as error:
-            self._note("certificate", str(path), str(error))
+            self._note("certificate", str(path), str(error), "fail")
             return None
         days = (ends - self.now()).days
         if days < self.bounds.certificate_days:
             said = f"ends in {days} days ({iso(ends)})" if days >= 0 else f"ended at {iso(ends)}"
-            self._note("certificate", str(path), f"{said}: replace it (docs/tls.md)")
+            late = days < self.bounds.certificate_fail_days
+            self._note(
+                "certificate", str(path), f"{said}: replace it (docs/tls.md)", "fail" if late else "warn"
+            )
         if begins > self.now():
-            self._note("certificate", str(path), f"holds only from {iso(begins)} on")
+            self._note("certificate", str(path), f"holds only from {iso(begins)} on", "fail")
         for port in release.https:
             self._served(port, text)
         return {"file": str(path), "not_before": iso(begins), "not_after": iso(ends), "days_left": days}

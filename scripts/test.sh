@@ -8,12 +8,12 @@ logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 
 # Two lanes side by side: each waits a good part of its time for builds and health checks.
-lanes=("lint unit fuzz integration e2e" "molecule fresh faults")
+lanes=("lint integration e2e" "unit fuzz molecule fresh faults")
 if (($#)); then
 	lanes=("$*")
 elif [[ -n ${AISHA_TEST_HOST:-} ]]; then
 	echo "This is a test host itself: the fresh-machine phase is left out."
-	lanes=("lint unit fuzz integration e2e" "molecule faults")
+	lanes=("lint integration e2e" "unit fuzz molecule faults")
 fi
 
 cat <<TEXT

@@ -5,7 +5,9 @@
     make vault ARGS="--ask postgres_webhook_password"          … but asks for those that exist already
     make vault ARGS="--without redis_password"                 … where Redis asks for none
     make vault ARGS="--password-file FILE --values -"          … without a terminal: given ones as YAML on standard input
-    make vault ARGS="--renew fal_webhook_secret"               one new secret in the vault that stands
+    make vault ARGS="--renew fal_webhook_secret"               one new secret in the vault that stands; of this one the old
+                                                               is accepted as well …
+    make vault ARGS="--drop fal_webhook_secret_previous"       … until it is taken out
 
 The file is `<inventory>/group_vars/all/vault.yml`. One that stands is never overwritten. To look into it or to change it:
 `ansible-vault view FILE`, `ansible-vault edit FILE`.
@@ -30,20 +32,23 @@ from ansible.parsing.vault import VaultLib, VaultSecret, is_encrypted
 REPO = Path(__file__).resolve().parent.parent
 ansible.module_utils.__path__.append(str(REPO / "module_utils"))
 
-from ansible.module_utils.secret_files import generate  # noqa: E402
+from ansible.module_utils.secret_files import SecretError, generate  # noqa: E402
 
-#: Secrets of `secrets_given` that are generated: kind and length in characters.
+#: Secrets of `secrets_given` that are generated: kind and length in characters (a key has a length of its own).
 GENERATED = {
     "postgres_webhook_password": ("password", 32),
     "redis_password": ("password", 32),
     "minio_access_key": ("hex", 20),
     "minio_secret_key": ("password", 40),
     "fal_webhook_secret": ("hex", 48),
+    "image_signing_key": ("p256", 0),
 }
 #: Secrets of their own, outside `secrets_given`, as the inventory names them.
-GENERATED_BESIDE = {"vault_registry_password": ("password", 32)}
+GENERATED_BESIDE = {"vault_registry_password": ("password", 32), "backup_passphrase": ("hex", 64)}
 #: What only others can give: left out unless it is given.
-OPTIONAL = ("fal_api_key", "forward_secret", "telegram_bot_token")
+OPTIONAL = ("fal_webhook_secret_previous", "fal_api_key", "forward_secret", "telegram_bot_token")
+#: Callers have the old one until they are given the new one: meanwhile it goes on as another secret.
+OVERLAPS = {"fal_webhook_secret": "fal_webhook_secret_previous"}
 OPTIONAL_BESIDE = ("vault_become_password",)
 _SENDER = re.compile(r"source_[a-z0-9_]+")
 SHORTEST_SECRET = 16
@@ -68,9 +73,11 @@ def check_given(given: Mapping[str, object]) -> dict[str, str]:
         for name, value in given.items()
         if not isinstance(value, str) or not value.strip()
     ]
-    secret = given.get("fal_webhook_secret")
-    if isinstance(secret, str) and 0 < len(secret) < SHORTEST_SECRET:
-        faults.append(f"fal_webhook_secret has at least {SHORTEST_SECRET} characters")
+    faults += [
+        f"{name} has at least {SHORTEST_SECRET} characters"
+        for name in ("fal_webhook_secret", "fal_webhook_secret_previous")
+        if isinstance(given.get(name), str) and 0 < len(str(given[name])) < SHORTEST_SECRET
+    ]
     if faults:
         raise VaultError("; ".join(faults))
     return {name: str(value) for name, value in given.items()}
@@ -87,17 +94,24 @@ def contents(given: Mapping[str, str], without: Collection[str] = ()) -> dict[st
 
 
 def renewed(
-    before: Mapping[str, object], names: Iterable[str], given: Mapping[str, str]
+    before: Mapping[str, object], names: Iterable[str], given: Mapping[str, str], dropped: Iterable[str] = ()
 ) -> dict[str, object]:
-    """The vault's contents with new secrets under these names; all else stays."""
+    """The vault's contents with new secrets under these names, and without those that are dropped; all else stays."""
     after = {**before, "vault_secrets": dict(before.get("vault_secrets") or {})}  # type: ignore[call-overload]
     for name in names:
+        old = after["vault_secrets"].get(name)
+        if name in OVERLAPS and old and OVERLAPS[name] not in given:
+            after["vault_secrets"][OVERLAPS[name]] = old
         how = (GENERATED | GENERATED_BESIDE).get(name)
         if name not in given and how is None:
             raise VaultError(f"{name} cannot be generated: give it with --ask {name}")
         value = given.get(name) or generate(*how)
         inside = name not in GENERATED_BESIDE and name not in OPTIONAL_BESIDE
         (after["vault_secrets"] if inside else after)[name] = value
+    for name in dropped:
+        if name not in (*OPTIONAL, *OPTIONAL_BESIDE) and not _SENDER.fullmatch(name):
+            raise VaultError(f"{name} cannot be dropped: the roles need it, or do not know it")
+        (after if name in OPTIONAL_BESIDE else after["vault_secrets"]).pop(name, None)
     return after
 
 
@@ -185,7 +199,7 @@ def read_vault(path: Path, secret: VaultSecret) -> dict[str, object]:
             raise VaultError(f"{path} is not encrypted: ansible-vault encrypt {path}")
         return yaml.safe_load(VaultLib([("default", secret)]).decrypt(data)) or {}
     except FileNotFoundError as error:
-        raise VaultError(f"there is no {path} yet: leave --renew away to make it") from error
+        raise VaultError(f"there is no {path} yet: leave --renew and --drop away to make it") from error
     except AnsibleError as error:
         raise VaultError(f"{path} cannot be opened with this password") from error
 
@@ -195,21 +209,35 @@ def run(given: argparse.Namespace) -> list[str]:
     path = given.inventory / PLACE
     if not given.inventory.is_dir():
         raise VaultError(f"there is no inventory {given.inventory}")
-    if path.exists() and not given.renew:
+    changes = bool(given.renew or given.drop)
+    if path.exists() and not changes:
         raise VaultError(stands(path))
-    secret = password(given.password_file, new=not given.renew)
+    secret = password(given.password_file, new=not changes)
     values = check_given(read_values(given.values) | ask_for(given.ask))
-    if given.renew:
-        document = renewed(read_vault(path, secret), dict.fromkeys([*given.renew, *values]), values)
-        told = [f"Renewed in {path}: {', '.join(dict.fromkeys([*given.renew, *values]))}."]
+    if changes:
+        names = list(dict.fromkeys([*given.renew, *values]))
+        document = renewed(read_vault(path, secret), names, values, given.drop)
+        told = changed(path, names, given.drop)
     else:
         document = contents(values, given.without)
         fresh = [name for name in (*GENERATED, *GENERATED_BESIDE) if name not in (*values, *given.without)]
         told = [f"Written: {path}, encrypted.", f"Generated: {', '.join(fresh) or 'nothing'}."]
         told += [f"As given: {', '.join(values)}."] if values else []
     encrypted = VaultLib([("default", secret)]).encrypt(to_text(document), secret)
-    write_new(path, encrypted, replace=bool(given.renew))
+    write_new(path, encrypted, replace=changes)
     return [*told, f"To look: ansible-vault view {path}"]
+
+
+def changed(path: Path, names: Collection[str], dropped: Collection[str]) -> list[str]:
+    """What to tell of a vault that was changed."""
+    told = [f"Renewed in {path}: {', '.join(names)}."] if names else []
+    told += [f"Taken out of {path}: {', '.join(dropped)}."] if dropped else []
+    told += [
+        f"The old {name} is accepted as well until --drop {OVERLAPS[name]} (docs/rotation.md)."
+        for name in names
+        if name in OVERLAPS and OVERLAPS[name] not in dropped
+    ]
+    return told
 
 
 def arguments() -> argparse.Namespace:
@@ -235,6 +263,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--renew", metavar="NAME", action="append", default=[], help="a new secret in a standing vault"
     )
+    parser.add_argument(
+        "--drop", metavar="NAME", action="append", default=[], help="take one out that is not needed any more"
+    )
     return parser.parse_args()
 
 
@@ -242,7 +273,7 @@ def main() -> int:
     """Run; 0 when the vault was written, 1 when not."""
     try:
         told = run(arguments())
-    except VaultError as error:
+    except (VaultError, SecretError) as error:
         print(f"No vault was written: {error}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ansible.module_utils.docker_engine import Engine
 from ansible.module_utils.rollout.compose import Project, is_healthy, is_running, label_of
 from ansible.module_utils.rollout.evidence import collect
-from ansible.module_utils.rollout.gates import Asking, Gate
+from ansible.module_utils.rollout.gates import Answer, Asking, Gate, health_fault
 from ansible.module_utils.rollout.instances import Instances
 from ansible.module_utils.rollout.journal import Journal
 from ansible.module_utils.rollout.model import Release, RolloutError, Service, Settings
@@ -59,21 +60,55 @@ class Edge:
         return found
 
     def control(self, release: Release) -> str:
-        """Id of the container whose control socket answers; empty where there is none (down, or an older configuration)."""
+        """Id of the container that is asked over its control socket; empty where there is none: down, or of a release from
+        before. `RolloutError` (gate_failed) when one that has a socket does not answer within the time of a gate."""
         found = self.serving(release)
-        if found is None or self._asking.control(found["Id"], "/edge_alive").status != 200:
+        if found is None or not label_of(found, EDGE_LABEL):
             return ""
-        return str(found["Id"])
+        identity = str(found["Id"])
+        self._answer(identity, "/edge_alive", lambda given: bool(given.status == 200))
+        return identity
 
     def knows(self, container: str, name: str) -> bool:
-        """Whether that nginx leads to the instance over its control socket."""
-        return bool(container) and self._asking.control(container, f"/instance/{name}/health").status not in (
-            0,
-            404,
+        """Whether that nginx has a way to the instance, by its own word. `RolloutError` as above when it gives none."""
+        if not container:
+            return False
+        answer = self._answer(container, f"/instance/{name}/health", lambda given: bool(given.status))
+        return bool(answer.status != 404)
+
+    def _answer(self, container: str, path: str, good: Callable[[Answer], bool]) -> Answer:
+        """The first good answer. That nginx could not be asked just now says nothing about it: it is asked again."""
+        last = Answer(0, "")
+
+        def ask() -> str:
+            nonlocal last
+            last = self._asking.control(container, path)
+            return "" if good(last) else last.text.strip() or f"HTTP {last.status}"
+
+        try:
+            with self._stop.waiting():
+                replace(self._gate, count=1).hold(path, ask)
+        except RolloutError as error:
+            if error.reason != "gate_failed":
+                raise
+            raise self._silent(container, path, last) from error
+        return last
+
+    def _silent(self, container: str, path: str, last: Answer) -> RolloutError:
+        evidence = collect(self._engine, container, self._settings.log_lines)
+        name = evidence.get("name") or container[:12]
+        return RolloutError(
+            "gate_failed",
+            f"{name} has a control socket, and could not be asked for {path} within {self._gate.timeout:g} s: "
+            f"{last.text.strip() or f'HTTP {last.status}'}",
+            "Nothing is replaced behind an nginx that does not say where it leads. See its log and the machine's load; "
+            f"one that hangs: docker restart {name}",
+            service="nginx",
+            evidence=evidence,
         )
 
-    def replace(self, release: Release) -> None:
-        """Bring nginx to the release."""
+    def replace(self, release: Release, *, settled: bool = True) -> None:
+        """Bring nginx to the release. `settled`: every instance is of it already; on the way back they follow."""
         self._stop.check()
         old = [found for found in self._project.containers(release.nginx.name) if is_running(found)]
         self._journal.touching(release.nginx.name)
@@ -82,38 +117,39 @@ class Edge:
             with self._journal.step("start", release.nginx.name):
                 self._instances.start([release.nginx], release)
         elif _overlaps(release):
-            self._beside(release, old)
+            self._beside(release, old, settled=settled)
             return
         else:  # a release from before two could stand side by side
             with self._journal.step("replace", release.nginx.name):
                 self._project.clear(release.nginx.name)
                 self._instances.start([release.nginx], release)
-        self.adopt(release)
+        self.adopt(release, settled=settled)
 
-    def adopt(self, release: Release) -> None:
+    def adopt(self, release: Release, *, settled: bool = True) -> None:
         """The one container that runs is healthy, of the release, and has the name."""
         found = self.serving(release)
         if found is None:
             raise RolloutError("start_failed", "nginx's container is not there", service=release.nginx.name)
         with self._journal.step("gate", release.nginx.name):
-            self.prove(found, release)
+            self.prove(found, release, settled=settled)
         self._project.rename(found, release.nginx.container)
 
-    def prove(self, found: Found, release: Release) -> None:
+    def prove(self, found: Found, release: Release, *, settled: bool = True) -> None:
         """Healthy, with the configuration of the release, and every instance of it is reached."""
         self._instances.healthy([release.nginx], [found["Id"]])
         if not _controlled(release):
             return
         with self._stop.waiting():
             self._hold(found, "nginx", lambda: self._asking.edge(found["Id"], release))
-            out = self._switches.out()
             for service in release.instances:
-                if service.name not in out and is_healthy(self._engine.inspect(service.container)):
-                    self._hold(found, service.name, partial(self._reached, found, service))
+                self._hold(found, service.name, partial(self._reached, found, service, release, settled))
 
-    def _reached(self, found: Found, service: Service) -> str:
+    def _reached(self, found: Found, service: Service, release: Release, settled: bool) -> str:
         answer = self._asking.control(found["Id"], f"/instance/{service.name}/health")
-        return "" if answer.status == 200 else f"{service.name} through the new nginx: HTTP {answer.status}"
+        fault: str = health_fault(answer, release.webhook_release if settled else None)
+        if fault and not settled and self._asking.local(service.port).status != 200:
+            return ""  # on the way back one may be dead, and that is not nginx's fault
+        return fault and f"{service.name} through the new nginx: {fault}"
 
     def _hold(self, found: Found, what: str, ask: Callable[[], str]) -> None:
         try:
@@ -122,7 +158,7 @@ class Edge:
             error.evidence = collect(self._engine, found["Id"], self._settings.log_lines)
             raise
 
-    def _beside(self, release: Release, old: list[Found]) -> None:
+    def _beside(self, release: Release, old: list[Found], *, settled: bool) -> None:
         before = {found["Id"] for found in old}
         try:
             with self._journal.step("start beside", release.nginx.name):
@@ -131,7 +167,7 @@ class Edge:
             if len(new) != 1:
                 raise RolloutError("start_failed", f"Compose made {len(new)} containers of nginx, not one")
             with self._journal.step("gate", release.nginx.name):
-                self.prove(new[0], release)
+                self.prove(new[0], release, settled=settled)
         except RolloutError as error:
             self._withdraw(release, before, error)
             raise

@@ -41,8 +41,8 @@ class Answer:
         return document if isinstance(document, dict) else {}
 
 
-def health_fault(answer: Answer, release: str) -> str:
-    """What is wrong with an answer of /health; empty when it is healthy and of the release."""
+def health_fault(answer: Answer, release: str | None) -> str:
+    """What is wrong with an answer of /health; empty when it is healthy and of the release (None: of whichever)."""
     document = answer.json()
     if answer.status == 0:
         return f"no answer ({answer.text})"
@@ -54,9 +54,17 @@ def health_fault(answer: Answer, release: str) -> str:
         ]
         shown = f"status {document.get('status')!r}" if document else repr(answer.text[:SHOWN])
         return f"HTTP {answer.status}, {shown}" + (f"; not ok: {', '.join(bad)}" if bad else "")
-    if document.get("release") != release:
+    if release is not None and document.get("release") != release:
         return f"it names release {document.get('release')!r}, expected {release!r}"
     return ""
+
+
+def edge_fault(answer: Answer, edge: str) -> str:
+    """What is wrong with an answer of /edge_alive over the control socket; empty when it is that edge's."""
+    if answer.status != 200:
+        return f"nginx's control socket: {answer.text.strip()[:SHOWN] or f'HTTP {answer.status}'}"
+    found = answer.text.strip()
+    return "" if found == edge else f"nginx has configuration {found!r}, expected {edge!r}"
 
 
 class Asking:
@@ -131,13 +139,7 @@ class Asking:
 
     def edge(self, container: str, release: Release) -> str:
         """nginx answers with the configuration of the release."""
-        answer = self.control(container, "/edge_alive")
-        if answer.status != 200:
-            return f"nginx's control socket: {answer.text.strip()[:SHOWN] or f'HTTP {answer.status}'}"
-        found = answer.text.strip()
-        return (
-            "" if found == release.edge else f"nginx has configuration {found!r}, expected {release.edge!r}"
-        )
+        return edge_fault(self.control(container, "/edge_alive"), release.edge)
 
     def public(self, release: Release) -> str:
         """Every public port leads to the release."""

@@ -18,15 +18,23 @@ from ansible.module_utils.rollout.signals import StopRequest
 from ansible.module_utils.rollout.switch import Switches
 
 #: Answered requests by endpoint, as the service counts them; asking for health or metrics is none of them.
-_COUNT = re.compile(r"^webhook_request_seconds_count\{([^}]*)\} ([0-9.e+]+)$", re.MULTILINE)
+_ANSWERED = "webhook_request_seconds"
+_COUNT = re.compile(rf"^{_ANSWERED}_count\{{([^}}]*)\}} ([0-9.e+]+)$", re.MULTILINE)
 _OWN = re.compile(r'endpoint="[^"]*(health|metrics)"')
-QUIET_PAUSE = 0.15
+_IN_PROGRESS = re.compile(r"^webhook_deliveries_in_progress ([0-9.e+]+)$", re.MULTILINE)
+QUIET_PAUSE, LOOK = 0.15, 0.5
+
+Load = tuple[float, float | None]
 
 
-def answered(metrics: str) -> float | None:
-    """How many requests an instance has answered, without ours; None when it does not say."""
+def load_of(metrics: str) -> Load | None:
+    """Requests that an instance has answered, without ours, and deliveries in progress (None: a release that does not count
+    them); None when it does not say."""
+    if _ANSWERED not in metrics:
+        return None
     counts = [float(value) for labels, value in _COUNT.findall(metrics) if not _OWN.search(labels)]
-    return sum(counts) if counts else None
+    in_progress = _IN_PROGRESS.search(metrics)
+    return sum(counts), float(in_progress[1]) if in_progress else None
 
 
 class Instances:
@@ -122,7 +130,9 @@ class Instances:
 
     def _take_out(self, service: Service, release: Release) -> None:
         found = self._engine.inspect(service.container)
-        if is_healthy(found):
+        in_use = service.name not in self._switches.out()
+        # Docker's verdict is up to an interval old: it may protect one that serves, never give one away.
+        if in_use and (is_healthy(found) or self._answers(service)):
             with self._journal.step("others", service.name):
                 self._another_serves(service, release)
         self._journal.touching(service.name)
@@ -132,14 +142,13 @@ class Instances:
                 self._wait_quiet(service)
 
     def _another_serves(self, service: Service, release: Release) -> None:
-        """Never below one healthy instance: another one is healthy and in use, or this one stays."""
+        """Never below one healthy instance: another one answers now and is in use, or this one stays."""
         out = self._switches.out()
         others = [other for other in release.instances if other.name != service.name]
         deadline = self._clock() + self._settings.health_timeout
         while True:
             self._stop.check()
-            serving = [other for other in others if other.name not in out]
-            if any(is_healthy(self._engine.inspect(other.container)) for other in serving):
+            if any(self._answers(other) for other in others if other.name not in out):
                 return
             if self._clock() >= deadline:
                 raise RolloutError(
@@ -148,20 +157,27 @@ class Instances:
                     f"See why {', '.join(other.container for other in others)} is not healthy",
                     service=service.name,
                 )
-            self._sleep(0.5)
+            self._sleep(LOOK)
+
+    def _answers(self, service: Service) -> bool:
+        """Whether it can take deliveries at this moment."""
+        return bool(self._asking.local(service.port).status == 200)
 
     def _wait_quiet(self, service: Service) -> None:
-        """Wait until it answers nothing any more: what nginx had sent is done. Bounded; then comes its own grace period."""
+        """Wait until it has nothing in progress and answers nothing any more: what nginx had sent is done.
+
+        Bounded; then comes its own grace period. One that does not say what it does is given all the time: it may be busy.
+        """
         deadline = self._clock() + self._settings.drain_seconds
         self._sleep(self._settings.drain_settle)
-        before = self._answered(service)
-        while before is not None and self._clock() < deadline:
+        before = self._load(service)
+        while self._clock() < deadline:
             self._sleep(QUIET_PAUSE)
-            now = self._answered(service)
-            if now == before:
+            now = self._load(service)
+            if now is not None and now == before and not now[1]:
                 return
             before = now
 
-    def _answered(self, service: Service) -> float | None:
+    def _load(self, service: Service) -> Load | None:
         answer = self._asking.local(service.port, "/metrics")
-        return answered(answer.text) if answer.status == 200 else None
+        return load_of(answer.text) if answer.status == 200 else None

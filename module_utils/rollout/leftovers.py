@@ -1,13 +1,13 @@
-"""What a run that was killed has left: switched-off instances, a second nginx, containers that were made for one command."""
+"""What a run that was killed has left: stale switches, a second nginx, containers that were made for one command."""
 
 from __future__ import annotations
 
 from ansible.module_utils.docker_cli import Docker
-from ansible.module_utils.docker_engine import Engine
-from ansible.module_utils.rollout.compose import Project, is_healthy
+from ansible.module_utils.rollout.compose import Project
 from ansible.module_utils.rollout.edge import Edge
 from ansible.module_utils.rollout.model import Release
 from ansible.module_utils.rollout.prepare import TEST_LABEL
+from ansible.module_utils.rollout.rehearsal import Rehearsal
 from ansible.module_utils.rollout.switch import Switches
 
 
@@ -15,26 +15,26 @@ class Leftovers:
     """Clears up, and says what it did. Touches nothing where nothing is left."""
 
     def __init__(
-        self, project: Project, docker: Docker, engine: Engine, edge: Edge, switches: Switches
+        self, project: Project, docker: Docker, edge: Edge, switches: Switches, rehearsal: Rehearsal
     ) -> None:
-        self._project, self._docker, self._engine = project, docker, engine
-        self._edge, self._switches = edge, switches
+        self._project, self._docker = project, docker
+        self._edge, self._switches, self._rehearsal = edge, switches, rehearsal
 
     def clear(self, target: Release, current: Release | None, *, throwaways: bool) -> list[str]:
-        """One nginx, no stale switch, no half-run migration. With `throwaways`, those of nginx -t as well (a look more)."""
+        """One nginx, no stale switch, no half-run migration. With `throwaways`, what was only tried too (a look more)."""
         told: list[str] = self._one_offs() + self._edge.resolve(target, current)
         if throwaways:
             self._throwaways(target)
-        return [*told, *self._switched_off(target, current)]
+            self._rehearsal.clear(target)
+        return [*told, *self._switched_off(target)]
 
-    def _switched_off(self, target: Release, current: Release | None) -> list[str]:
-        """An instance that is healthy is used again; one that is not stays out until it is brought to a release."""
+    def _switched_off(self, target: Release) -> list[str]:
+        """Switches of what is no more. An instance that is there stays out until a gate has proven it."""
         told = []
         for name in self._switches.out():
-            service = target.service(name) or (current.service(name) if current else None)
-            if service is None or is_healthy(self._engine.inspect(service.container)):
+            if target.service(name) is None and not self._project.containers(name):
                 self._switches.take_in(name)
-                told.append(f"{name} is in use again")
+                told.append(f"the switch of {name}, which is not there, was removed")
         return told
 
     def _one_offs(self) -> list[str]:

@@ -15,8 +15,8 @@ COMPOSE_FILE = "docker-compose.webhook.prod.yml"
 class RolloutError(Exception):
     """A rollout cannot go on. `str()` gives fault and remedy.
 
-    `reason`: no_release, damaged, bad_release, locked, image_missing, edge_refused, migration_failed, start_failed,
-    unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted, engine, io, defect.
+    `reason`: no_release, damaged, bad_release, locked, image_missing, edge_refused, rehearsal_failed, migration_failed,
+    start_failed, unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted, engine, io, defect.
     """
 
     def __init__(
@@ -189,4 +189,5 @@ class Settings:
     docker_config: str = ""
     keepalive: float = 0.0
     wait: float = 60.0
+    settle: bool = True
     probe: Mapping[str, Any] = field(default_factory=dict)

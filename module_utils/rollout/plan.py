@@ -101,7 +101,7 @@ def make_rollout_plan(
 ) -> RolloutPlan:
     """Put the services that differ in order: instances (those that do not serve first), worker, nginx.
 
-    `healthy`: names of the services whose container is healthy; `out`: services that are switched off.
+    `healthy`: names of the services that serve; `out`: services that are switched off, and so serve nobody.
     """
     by_name = {entry.name: entry for entry in planned}
     tasks = [
@@ -111,7 +111,8 @@ def make_rollout_plan(
         if action != "none"
     ]
     position = {"api": 0, "worker": 1, "edge": 2}
-    tasks.sort(key=lambda task: (position[task.service.kind], task.service.name in healthy))
+    serving = set(healthy) - set(out)
+    tasks.sort(key=lambda task: (position[task.service.kind], task.service.name in serving))
     pending = {task.service.name for task in tasks}
     running = [
         service

@@ -7,7 +7,7 @@ same path, to the release that `current` names. A kill at any moment leaves a ho
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,22 @@ from ansible.module_utils.release import ReleaseError, ReleaseStore
 from ansible.module_utils.rollout.compose import Project, is_healthy
 from ansible.module_utils.rollout.edge import Edge
 from ansible.module_utils.rollout.evidence import collect, tell
-from ansible.module_utils.rollout.gates import Asking, Gate
+from ansible.module_utils.rollout.gates import Asking, Gate, health_fault
 from ansible.module_utils.rollout.instances import Instances
 from ansible.module_utils.rollout.journal import Journal, only_one
 from ansible.module_utils.rollout.leftovers import Leftovers
-from ansible.module_utils.rollout.model import Release, RolloutError, Settings, parse_release, unlike
+from ansible.module_utils.rollout.model import (
+    Release,
+    RolloutError,
+    Service,
+    Settings,
+    parse_release,
+    unlike,
+)
 from ansible.module_utils.rollout.plan import RolloutPlan, as_result, make_rollout_plan, risks
 from ansible.module_utils.rollout.prepare import Preparation
+from ansible.module_utils.rollout.rehearsal import Rehearsal
+from ansible.module_utils.rollout.secrets import PROC, Rotation
 from ansible.module_utils.rollout.signals import StopRequest
 from ansible.module_utils.rollout.switch import Switches
 from ansible.module_utils.rollout.undo import plan_undo
@@ -50,6 +59,7 @@ class Rollout:
         warn: Callable[[str], None] = lambda _text: None,
         stop: StopRequest | None = None,
         sleep: Callable[[float], None] = time.sleep,
+        proc: Path = PROC,
     ) -> None:
         self._settings, self._engine, self._docker = settings, engine, docker
         self._probe, self._warn = probe, warn
@@ -60,6 +70,7 @@ class Rollout:
         self._switches = Switches(settings.site_dir / "state")
         self._asking = Asking(engine)
         self._preparation = Preparation(docker, engine, settings)
+        self._rotation = Rotation(settings.site_dir, engine, warn, proc)
 
     # Reading
 
@@ -98,22 +109,25 @@ class Rollout:
     def plan(self, target: Release, contents: Mapping[str, str] | None = None) -> RolloutPlan:
         """What differs."""
         planned, orphans = self._project(target).plan(target, contents)
-        healthy = [
-            service.name
-            for service in target.services
-            if service.kind != "edge" and is_healthy(self._engine.inspect(service.container))
-        ]
+        serving = [service.name for service in target.services if self._serves(service)]
         current = self._store.linked("current")
-        return make_rollout_plan(target, current, planned, orphans, healthy, self._switches.out())
+        return make_rollout_plan(target, current, planned, orphans, serving, self._switches.out())
+
+    def _serves(self, service: Service) -> bool:
+        """An instance that answers now, a worker that docker calls healthy: it cannot be asked."""
+        if service.kind == "api":
+            return bool(self._asking.local(service.port).status == 200)
+        return bool(service.kind == "worker" and is_healthy(self._engine.inspect(service.container)))
 
     def foresee(self, target: Release, contents: Mapping[str, str]) -> dict[str, Any]:
         """Check mode: the plan, with what would be pulled, and nothing else."""
         plan = self.plan(target, contents)
         self._tell_risks(plan)
         missing = self._preparation.missing(target)
+        settles = not plan.changed and self._settings.settle and self._rotation.settles(target)
         return {
             **as_result(plan, self._settings.kind),
-            "changed": plan.changed and self._settings.kind != "prepare",
+            "changed": (plan.changed or settles) and self._settings.kind != "prepare",
             "pulled": missing,
             "result": "planned",
         }
@@ -153,21 +167,23 @@ class Rollout:
                 "this run completes or undoes it."
             )
         edge, instances = self._rooms(target)
-        leftovers = Leftovers(self._project(target), self._docker, self._engine, edge, self._switches)
+        leftovers = Leftovers(self._project(target), self._docker, edge, self._switches, self._rehearsal())
         cleared = leftovers.clear(target, current, throwaways=interrupted is not None)
         for text in cleared:
             self._warn(f"Left by a run that did not end: {text}.")
         plan = self.plan(target)
         if not plan.changed:
             record = self._journal.unchanged(target)
-            return self._result(plan, record, changed=bool(cleared))
+            before, kept = self._rotation.names(), self._settle(target)
+            return self._result(plan, record, kept, changed=bool(cleared) or before != kept)
         self._tell_risks(plan)
         self._journal.begin(target, plan.current)
         try:
             self._bring(plan, edge, instances)
         except Exception as error:  # whatever it is, the host is not left half way
             raise self._failed(_as_error(error), target, current) from error
-        return self._result(plan, self._recorded("done", self._settings.reason), changed=True)
+        kept = self._settle(target)
+        return self._result(plan, self._recorded("done", self._settings.reason), kept, changed=True)
 
     def _bring(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         release = plan.release
@@ -179,6 +195,8 @@ class Rollout:
         self._stop.check()
         if plan.migrate and self._settings.kind == "deploy":
             self._migrate(release)
+        if plan.current and self._settings.kind == "rollback":
+            self._rotation.hand_over(release, plan.current)
         if plan.idle:
             self._start_all(plan, edge, instances)
         else:
@@ -191,6 +209,7 @@ class Rollout:
         with self._journal.step("current"):
             self._store.activate(release.id)
         self._remove_orphans(plan)
+        self._take_in_what_is_no_service(release)
 
     def _migrate(self, release: Release) -> None:
         try:
@@ -204,8 +223,9 @@ class Rollout:
 
     def _one_by_one(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         release = plan.release
-        control = edge.control(release)
-        if plan.instances and not control:
+        asked = plan.instances or plan.out
+        control = edge.control(release) if asked else ""
+        if asked and not control:
             self._warn(
                 "The nginx that runs has no control socket (it is down, or of an older release): instances are proven by "
                 "themselves, and a request may meet one that is just being replaced."
@@ -221,7 +241,13 @@ class Rollout:
         for task in plan.others:
             instances.replace(task.service, release)
         if plan.edge:
-            edge.replace(release)
+            self._replace_edge(release, edge)
+
+    def _replace_edge(self, release: Release, edge: Edge) -> None:
+        """Where clients have an nginx, the new one shows first, out of their sight, that it leads to the release."""
+        if edge.serving(release):
+            self._rehearsal().hold(release)
+        edge.replace(release)
 
     def _start_all(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         """No instance runs: nothing is served that could be interrupted, so all start at once."""
@@ -237,13 +263,13 @@ class Rollout:
                 instances.start(services, release)
         with self._journal.step("health"):
             instances.healthy([service for service in services if service.kind != "edge"])
-        nginx = plan.edge
-        if nginx and nginx.action == "replace":
-            edge.replace(release)
-        elif nginx:
-            edge.adopt(release)
         for service in release.instances:
             instances.prove(service, release)
+        nginx = plan.edge
+        if nginx and nginx.action == "replace":
+            self._replace_edge(release, edge)
+        elif nginx:
+            edge.adopt(release)
 
     def _final(self, release: Release, settings: Settings | None = None) -> None:
         """What the world sees: every public port leads to this release, N times in a row."""
@@ -276,6 +302,17 @@ class Rollout:
                         f"{name} belongs to no service of the release, and could not be removed: {error}"
                     )
 
+    def _settle(self, release: Release) -> list[str]:
+        """Nothing of before is kept of the secrets that the release has proven. Names of those that stay kept."""
+        kept: list[str] = []
+        try:
+            kept = self._rotation.settle(release, forget=self._settings.settle)
+        except FAULTS as error:
+            self._warn(
+                f"What was kept of replaced secrets could not be removed; the next run does it: {error}"
+            )
+        return kept
+
     # When it fails
 
     def _failed(self, error: RolloutError, target: Release, current: Release | None) -> RolloutError:
@@ -301,15 +338,16 @@ class Rollout:
         """(result, what was done, what to do next)."""
         again = "run the deployment again"
         if not self._journal.touched:
-            self._take_all_in(target)
-            return "failed", "no container was replaced, what served goes on as it was", again
-        if current is None or current.id == target.id:
+            self._take_all_in(current or target)
+            told = _again(self._put_back_unused(current))
+            return "failed", f"no container was replaced, what served goes on as it was{told}", again
+        if current is None or (current.id == target.id and not self._rotation.is_kept_for(current)):
             look = f"docker compose -f {target.compose_file} logs"
             done = "nothing: there is no other release to go back to, so what was started stays for you to look at"
             self._take_all_in(target)
             return "failed", done, f"{look}, mend what it names, and {again}"
         try:
-            names = self._go_back(target, current)
+            names, secrets = self._go_back(target, current)
         except Exception as fault:
             second = _as_error(fault)
             reason = "\n".join([f"{second.message}.", *tell(second.evidence)])
@@ -318,39 +356,65 @@ class Rollout:
             return "failed", done, f"{look} {again}, or go back with playbooks/rollback.yml"
         back = ", ".join(names) or "nothing had to be replaced"
         text = f"release {current.id} was put back ({back}); it served throughout, and `current` names it"
-        return "rolled_back", text, f"{again} when it is mended"
+        return "rolled_back", text + _again(secrets), f"{again} when it is mended"
 
-    def _go_back(self, target: Release, current: Release) -> list[str]:
-        """The current release everywhere, by the same switches and gates."""
+    def _put_back_unused(self, current: Release | None) -> list[str]:
+        """What the files say is what the current release uses. That it cannot be done hides no fault."""
+        try:
+            return self._rotation.put_back_unused(current) if current else []
+        except FAULTS as fault:
+            self._warn(f"The secrets of before could not be put back: {fault}")
+            return []
+
+    def _go_back(self, target: Release, current: Release) -> tuple[list[str], list[str]]:
+        """The current release everywhere, by the same switches and gates: (what was replaced, secrets of before)."""
         with self._journal.step("undo"):
+            # First: a container that is started has the files that stand then.
+            secrets = self._rotation.put_back(current)
+            behind = self._rotation.behind(current, secrets)
             edge, instances = self._rooms(current, self._patient())
             edge.resolve(current, target)
             planned, _ = self._project(current).plan(current)
-            back = plan_undo(current, self._journal.touched, planned)
+            back = plan_undo(current, self._journal.touched, planned, behind)
             self._preparation.pull(self._preparation.missing(current) if back.replace else [])
-            nginx = edge.control(current)
             for service in back.keep:  # first: one that is switched off counts as none that serves
                 if service.kind == "api":
                     instances.prove(service, current)
-            for service in sorted(back.replace, key=lambda service: service.kind == "edge", reverse=True):
+            for service in _in_order(back.replace, self._switches.out()):
                 if service.kind == "edge":
-                    edge.replace(current)
-                    nginx = edge.control(current)
+                    edge.replace(current, settled=False)
                 else:
-                    through = nginx if service.kind == "api" and edge.knows(nginx, service.name) else ""
-                    instances.replace(service, current, through)
+                    instances.replace(service, current, self._way_through(edge, current, service))
             self._take_all_in(current)
             for name in back.remove:
                 self._project(current).clear(name)
             if self._store.linked("current") != current.id:
                 self._store.activate(current.id)
         self._final(current, self._patient())
-        return [service.name for service in back.replace]
+        return [service.name for service in back.replace], secrets
+
+    def _way_through(self, edge: Edge, release: Release, service: Service) -> str:
+        """The nginx through which an instance is proven on the way back, which one that cannot be asked does not hold up."""
+        if service.kind != "api":
+            return ""
+        try:
+            nginx = edge.control(release)
+            return nginx if edge.knows(nginx, service.name) else ""
+        except RolloutError as error:
+            self._warn(f"{service.name} is put back without a look through nginx: {error.message}")
+            return ""
 
     def _take_all_in(self, release: Release) -> None:
+        """Use again what answers for the release. What does not stays out, until a rollout has proven it."""
+        self._take_in_what_is_no_service(release)
         for name in self._switches.out():
             service = release.service(name)
-            if service is None or is_healthy(self._engine.inspect(service.container)):
+            if service and not health_fault(self._asking.local(service.port), release.webhook_release):
+                self._switches.take_in(name)
+
+    def _take_in_what_is_no_service(self, release: Release) -> None:
+        for name in self._switches.out():
+            if release.service(name) is None:
                 self._switches.take_in(name)
 
     def _recorded(self, result: str, reason: str, failed_at: str = "") -> dict[str, Any]:
@@ -379,6 +443,11 @@ class Rollout:
         instances = Instances(*shared, self._stop, settings, sleep=self._sleep)
         return Edge(*shared, self._stop, settings, instances, sleep=self._sleep), instances
 
+    def _rehearsal(self) -> Rehearsal:
+        gate = self._gate(self._settings)
+        shared = (self._journal, self._stop, self._settings, self._warn)
+        return Rehearsal(self._docker, self._engine, gate, *shared)
+
     def _gate(self, settings: Settings) -> Gate:
         return Gate(settings.gate_count, settings.gate_interval, settings.gate_timeout, sleep=self._sleep)
 
@@ -398,14 +467,22 @@ class Rollout:
         for text in risks(plan, migrate_requests=migrate_requests, live_restore=live):
             self._warn(f"Risk: {text}")
 
-    def _result(self, plan: RolloutPlan, record: Mapping[str, Any], *, changed: bool) -> dict[str, Any]:
+    def _result(
+        self, plan: RolloutPlan, record: Mapping[str, Any], kept: list[str], *, changed: bool
+    ) -> dict[str, Any]:
         return {
             **as_result(plan, self._settings.kind),
             "changed": changed,
             "result": record["result"],
+            "kept_secrets": kept,
             "record": dict(record),
             "seconds": record["seconds"],
         }
+
+
+def _in_order(services: Iterable[Service], out: Collection[str]) -> list[Service]:
+    """nginx first; then what is out of use: one in use could not be taken out while it is the only one."""
+    return sorted(services, key=lambda service: (service.kind != "edge", service.name not in out))
 
 
 def _as_error(error: BaseException) -> RolloutError:
@@ -418,6 +495,10 @@ def _as_error(error: BaseException) -> RolloutError:
         return RolloutError("io", str(error).rstrip("."))
     remedy = "This is a fault of the rollout itself: report it with this message"
     return RolloutError("defect", f"{type(error).__name__}: {error}", remedy)
+
+
+def _again(names: list[str]) -> str:
+    return f"; secrets of before stand again: {', '.join(names)}" if names else ""
 
 
 def _sentence(*parts: str) -> str:

@@ -18,12 +18,18 @@ class Back:
     keep: tuple[Service, ...]
 
 
-def plan_undo(current: Release, touched: Sequence[str], planned: Sequence[Planned]) -> Back:
+def plan_undo(
+    current: Release, touched: Sequence[str], planned: Sequence[Planned], behind: Sequence[str] = ()
+) -> Back:
     """Of the services that were touched, in the reverse order: those that are not as the current release says are replaced,
-    those that it does not have are removed, and the others are only put into use again."""
-    pending = {entry.name for entry in planned if entry.action != "none"}
+    those that it does not have are removed, and the others are only put into use again.
+
+    `behind`: services that have other secrets than the current release's; they are replaced as well, the last.
+    """
+    pending = {entry.name for entry in planned if entry.action != "none"} | set(behind)
     replace, remove, keep = [], [], []
-    for name in reversed(list(dict.fromkeys(touched))):
+    begun = list(dict.fromkeys(touched))
+    for name in [*reversed(begun), *(name for name in behind if name not in begun)]:
         service = current.service(name)
         if service is None:
             remove.append(name)

@@ -165,13 +165,13 @@ def test_a_hook_that_refuses_stops_the_run_before_the_host_is_touched(
     before = (written(site), containers(site))
     result = deploy(site, "ERROR")
     assert result.code == 2
-    assert "pre-deploy failed with exit code 3. It said: not on a Friday" in result.output
+    assert "pre-deploy failed with exit code 3. It said: not on a Friday" in " ".join(result.output.split())
     assert (written(site), containers(site)) == before
     assert lock_of(site) is None
     record = json.loads(heard.read_text())
     assert (record["kind"], record["hook"], record["result"]) == ("deploy", "pre-deploy", None)
     assert json.loads(told.read_text())["result"] == "failed"
-    assert "post-deploy failed with exit code 9" in result.output
+    assert "post-deploy failed with exit code 9" in " ".join(result.output.split())
 
 
 @pytest.mark.parametrize(
@@ -198,20 +198,33 @@ def test_check_mode_runs_no_hook_takes_no_lock_and_writes_nothing(
 
 
 def test_of_runs_at_once_one_is_refused_and_one_waits_and_none_is_half_done(
-    site: Site, runs: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    site: Site,
+    runs: Callable[..., subprocess.Popen[str]],
+    hooks: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     change = ("--tags", "stack,rollout", "-e")
-    first = runs(*change, "stack_log_level=WARNING")
-    wait_for("the first run's lock", lambda: lock_of(site))
+    # The first run has the lock, and stays where it is until the others have met it.
+    go_on = tmp_path / "go-on"
+    held = hooks("pre-deploy", f"while [ ! -e {go_on} ]; do sleep 0.2; done")
+    first = runs(*change, "stack_log_level=WARNING", "-e", "hooks_timeout=1200")
+    wait_for("the first run's hook", held.exists)
     assert (lock_of(site) or {})["process"]["pid"] == first.pid
     waiting = runs(*change, "stack_log_level=ERROR", "-e", "lock_wait_seconds=1200")
     refused = deploy(site, "DEBUG", "-e", "lock_wait_seconds=1")
+    assert waiting.stdout is not None
+    heard = ""
+    while "Waiting 1200 s at most for" not in heard:
+        line = waiting.stdout.readline()
+        assert line, heard
+        heard += line
+    assert first.poll() is None
+    go_on.touch()
     assert refused.code == 2
     assert "another deployment has the lock" in refused.output
     assert f"process {first.pid} of this machine" in refused.output
-    outputs = [first.communicate(timeout=900)[0], waiting.communicate(timeout=1200)[0]]
-    assert (first.returncode, waiting.returncode) == (0, 0), outputs
-    assert "Waiting 1200 s at most for" in outputs[1]
+    outputs = [first.communicate(timeout=900)[0], heard + waiting.stdout.read()]
+    assert (first.returncode, waiting.wait(timeout=60)) == (0, 0), outputs
     last, before = records(site)[-1], records(site)[-2]
     assert (before["result"], last["result"], last["from"], last["to"]) == (
         "done",
@@ -275,7 +288,7 @@ def test_a_way_back_that_waited_for_a_deployment_goes_nowhere_by_itself(
     go, before = tmp_path / "go", current(site)
     meant = os.path.basename(os.readlink(site.home / "previous"))
     heard = hooks("pre-deploy", f"while [ ! -e {go} ]; do sleep 0.1; done")
-    first = runs("--tags", "stack,rollout", "-e", "stack_log_level=ERROR")
+    first = runs("--tags", "stack,rollout", "-e", "stack_log_level=DEBUG")
     wait_for("the first run's hook", heard.exists)
     waiting = runs("-e", "lock_wait_seconds=1200", playbook="playbooks/rollback.yml")
     assert waiting.stdout is not None

@@ -92,6 +92,11 @@ def succeeded(done: Done) -> Done:
     return done
 
 
+def throwaways() -> str:
+    """Containers that were made to try something, and are there still."""
+    return docker("ps", "--all", "--quiet", "--filter", "label=org.aisha.throwaway=wht-roll")
+
+
 # Good releases
 
 
@@ -138,6 +143,9 @@ def test_another_nginx_takes_over_and_no_request_fails(host, stream):
     stored_once(host, steady)
     host.must_be(release)
     assert done.result["pending"] == ["nginx"]
+    assert not throwaways()
+    steps = {step["step"]: step["seconds"] for step in host.records()[-1]["steps"]}
+    print(f"rehearsed in {steps['rehearse']} s, all in {host.records()[-1]['seconds']} s")
     assert host.containers()[host.site.name + "-nginx"]["Id"] != before
 
 
@@ -203,8 +211,18 @@ def refused(text: str) -> str:
     return text.replace("http {", "http {\n    no_such_directive on;", 1)
 
 
-def mute(text: str) -> str:
+def astray(text: str) -> str:
     """nginx starts, and leads nowhere."""
+    return text.replace(":8000", ":8999")
+
+
+def closed(text: str) -> str:
+    """nginx starts, and knows no deliveries."""
+    return text.replace("location /api/v1/avatar/ {", "location /api/v1/avatar_no_more/ {")
+
+
+def mute(text: str) -> str:
+    """nginx starts, and says nothing of itself."""
     return text.replace("location = /edge_alive {", "location = /edge_alive_no_more {")
 
 
@@ -226,7 +244,14 @@ BAD = {
     ),
     "image missing": (no_image, None, "image_missing", ["sha256:000", "cannot be pulled"]),
     "nginx refuses": (None, refused, "edge_refused", ["no_such_directive"]),
-    "nginx leads nowhere": (None, mute, "unhealthy", ["nginx"]),
+    "nginx leads nowhere": (None, astray, "rehearsal_failed", ["nginx", "api-1 through nginx: HTTP 502"]),
+    "nginx knows no deliveries": (
+        None,
+        closed,
+        "rehearsal_failed",
+        ["POST /api/v1/avatar/status_update: HTTP 404"],
+    ),
+    "nginx is mute": (None, mute, "rehearsal_failed", ["nginx's control socket"]),
 }
 
 
@@ -247,8 +272,10 @@ def test_a_bad_release_is_rolled_back_and_no_request_fails(host, stream, kind):
     stored_once(host, steady)
     assert host.running_release() == runs
     host.must_be(base)
+    assert not throwaways()
     record = host.records()[-1]
     assert record["result"] == ("rolled_back" if record["changed"] else "failed")
+    assert not edge or record["changed"] == [], "nginx was not touched"
     assert done.result["rolled_back"] is bool(record["changed"])
 
 
@@ -376,4 +403,4 @@ def test_killed_anywhere_it_serves_on_and_the_next_run_completes(host, stream):
         host.must_be(goal)
         target = second if goal == first else first
     assert "interrupted" in {record["result"] for record in host.records()[-2 * KILLS :]}
-    assert docker("ps", "--all", "--quiet", "--filter", "label=org.aisha.throwaway=wht-roll") == ""
+    assert not throwaways()

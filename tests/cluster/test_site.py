@@ -181,6 +181,8 @@ def stopped(cluster: Cluster, *words: str, **variables: object) -> None:
 
 def test_a_host_out_of_reach_stops_the_run_before_any_host_is_touched(deployed: Cluster) -> None:
     rule = "INPUT -p tcp --dport 22 -j REJECT --reject-with tcp-reset"
+    # Of one that a run before has left open, it would be said that it was closed.
+    deployed.end_connections()
     with undone(deployed.webhooks[1], f"iptables -I {rule}", f"iptables -D {rule}"):
         refused = f"connect to host {deployed.webhooks[1].address} port 22: Connection refused"
         stopped(deployed, "[webhook-2]: UNREACHABLE!", refused)
@@ -338,3 +340,55 @@ def test_a_host_lost_in_the_middle_of_its_rollout_leaves_no_mixed_site_and_no_lo
     assert not first.succeeds(f"test -e /opt/{NAME}/run/deployment.lock")
     deployed.site(*louder).must_pass()
     assert release_of(first) == release_of(second) != before
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+def stream(cluster: Cluster, secret: str) -> Steady:
+    """Deliveries to the first host, which bring a secret."""
+    address = cluster.webhooks[0].address
+    return Steady(f"http://{address}", f"https://{address}:8443", secret, clients=2, pause=0.1)
+
+
+def secrets_of(machine: Machine) -> str:
+    """Digests of all secrets of a host, and whether any of before are kept."""
+    return machine.run(f"cd /opt/{NAME}/secrets && find . -type f -exec sha256sum {{}} + | sort -k2")
+
+
+@pytest.mark.parametrize("name", ["redis_password", "postgres_webhook_password"])
+def test_a_wrong_password_is_gone_back_from_with_the_right_one(deployed: Cluster, name: str) -> None:
+    given = deployed.vault["vault_secrets"] | {name: "not-the-right-one-0123456789"}
+    before, secrets = deployed.state(), [secrets_of(machine) for machine in deployed.webhooks]
+    releases = [release_of(machine) for machine in deployed.webhooks]
+    with stream(deployed, deployed.secret("fal_webhook_secret")) as steady:
+        run = deployed.site(*deployed.with_variables(stack_log_level="ERROR", secrets_given=given))
+        steady.wait_for(20)
+    print(steady.summary())
+    run.must_fail("What was done: release", "was put back", "What to do:")
+    assert "not-the-right-one" not in run.output
+    assert not steady.failures, steady.summary()
+    assert [secrets_of(machine) for machine in deployed.webhooks] == secrets
+    assert [release_of(machine) for machine in deployed.webhooks] == releases
+    second = deployed.webhooks[1].name
+    assert deployed.state()[second][0] == before[second][0], "the second host was not touched"
+    assert not deployed.webhooks[0].succeeds(f"test -e /opt/{NAME}/run/deployment.lock")
+
+
+def test_the_webhook_secret_is_renewed_in_two_steps_and_no_caller_is_refused(deployed: Cluster) -> None:
+    kept, old, new = deployed.vault["vault_secrets"], deployed.secret("fal_webhook_secret"), "5" * 48
+    both = kept | {"fal_webhook_secret": new, "fal_webhook_secret_previous": old}
+    with stream(deployed, old) as steady:
+        deployed.site(*deployed.with_variables(stack_log_level="ERROR", secrets_given=both)).must_pass()
+        steady.wait_for(20)
+    assert not steady.failures, steady.summary()
+    last = kept | {"fal_webhook_secret": new}
+    with stream(deployed, new) as steady:
+        deployed.site(*deployed.with_variables(stack_log_level="ERROR", secrets_given=last)).must_pass()
+        steady.wait_for(20)
+    assert not steady.failures, steady.summary()
+    with stream(deployed, old) as steady:
+        steady.wait_for(20)
+    assert {status for _, _, status, *_ in steady.attempts} == {401}
+    for machine in deployed.webhooks:
+        assert machine.run(f"grep -rlF {old} /opt/{NAME} || true") == "", "nothing keeps the old one in clear"

@@ -16,7 +16,7 @@ from nacl.signing import SigningKey
 
 from tests.support.sites import REPO
 
-from .conftest import Stack, docker, wait_for
+from .conftest import Stack, busy, docker, wait_for
 
 pytestmark = pytest.mark.e2e
 
@@ -45,14 +45,21 @@ def test_hundred_copies_at_once_leave_one_of_each(stack: Stack) -> None:
     body = json.dumps(document).encode()
     headers = stack.signed(body, request_id)
 
+    again: list[int] = []
+
     def send(_: int) -> int:
-        return requests.post(stack.url(), data=body, headers=headers, verify=False, timeout=20).status_code
+        """Until it is taken: each that was refused may be counted all the same."""
+        while True:
+            answer = requests.post(stack.url(), data=body, headers=headers, verify=False, timeout=20)
+            if not busy(answer) or len(again) > 1000:
+                return answer.status_code
+            again.append(answer.status_code)
 
     with ThreadPoolExecutor(32) as pool:
         assert set(pool.map(send, range(100))) == {200}
     row = stack.done(request_id)
     assert len(stack.delivery_rows(request_id)) == 1
-    assert row["attempts"] == 100
+    assert 100 <= row["attempts"] <= 100 + len(again)
     assert len(stack.stream_entries(request_id)) == 1
     artifacts = [key for key in stack.objects(request_id) if key.startswith("webhooks/")]
     assert len(artifacts) == len(files)
@@ -148,19 +155,24 @@ class Sender:
 
     def _run(self) -> None:
         session = requests.Session()
+        request_id = ""
         while not self._stop.is_set():
-            request_id = str(uuid.uuid4())
+            request_id = request_id or str(uuid.uuid4())
             body = json.dumps({"request_id": request_id, "status": "IN_PROGRESS"}).encode()
             headers = self._stack.signed(body, request_id)
             try:
                 answer = session.post(self._stack.url(), data=body, headers=headers, verify=False, timeout=20)
             except requests.RequestException as error:
                 self.refused.append((request_id, str(error)))
+                request_id = ""
+                continue
+            if busy(answer):
                 continue
             if answer.status_code == 200:
                 self.accepted.append(request_id)
             else:
                 self.refused.append((request_id, str(answer.status_code)))
+            request_id = ""
 
     def __enter__(self) -> Sender:
         for thread in self._threads:
@@ -207,10 +219,9 @@ def test_database_away_is_a_200_from_the_spool_and_nothing_is_lost_when_it_is_ba
     document = {"request_id": request_id, "status": "OK", "payload": {"finetune_id": "ft-1"}}
     docker("pause", f"{stack.site.name}-postgres")
     try:
-        begin = time.monotonic()
         answer = stack.deliver(document)
         assert (answer.status_code, answer.json()["delivery_id"]) == (200, None), answer.text
-        assert time.monotonic() - begin < 4
+        assert answer.elapsed.total_seconds() < 4
         spool = json.loads(
             docker("exec", f"{stack.site.name}-api-1", "webhook-api", "spool", "status", "--json")
         )

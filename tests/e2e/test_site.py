@@ -10,12 +10,12 @@ import pytest
 import requests
 
 from tests.support import hardening
+from tests.support.playbook_tags import site_tags
 from tests.support.sites import Site
 
 from .conftest import Stack, docker
 
 pytestmark = pytest.mark.e2e
-TAGS = ("engine", "images", "build", "push", "stack", "edge", "rollout", "verify", "update")
 
 
 def state(stack: Stack, *, records: bool = True) -> dict[str, str]:
@@ -62,7 +62,7 @@ def test_dry_run_of_a_change_says_so_and_touches_nothing(stack: Stack) -> None:
     assert state(stack) == before
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", site_tags())
 def test_every_tag_works_alone_and_changes_nothing(stack: Stack, tag: str) -> None:
     recap = stack.site.site("--tags", tag).must_pass().recap
     assert recap["changed"] == 0, tag

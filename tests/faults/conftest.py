@@ -30,8 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.faults)
-            if SOAK:
-                item.add_marker(pytest.mark.timeout(7200))
+            # The first test's time includes that of the backends that all of them use.
+            item.add_marker(pytest.mark.timeout(7200 if SOAK else 1800))
 
 
 @pytest.hookimpl(wrapper=True)

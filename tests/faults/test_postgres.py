@@ -13,7 +13,7 @@ from webhook_api.config import Settings
 
 from tests.faults.conftest import SEED, size
 from tests.support.faultsite import FaultSite, small_postgres, wait_postgres
-from tests.support.ledger import Attempt, Ledger
+from tests.support.ledger import Attempt, Event, Ledger, Sender
 from tests.support.stackproc import Stack, running_stack
 
 SPOOL = "spool_dir" in Settings.__dataclass_fields__
@@ -37,15 +37,25 @@ def taken_without_postgresql(ledger: Ledger, start: float, end: float) -> list[A
     return accepted
 
 
+def send_during(stack: Stack, ledger: Ledger, sender: Sender, events: list[Event]) -> float:
+    """Send more, and return when some of it was tried: the first load may be gone before the fault is there."""
+    began = ledger.now()
+    sender.send(events)
+    stack.wait(lambda: ledger.between(began, ledger.now()), "something is sent while PostgreSQL is away")
+    return began
+
+
 def test_postgresql_killed_under_load(stack: Stack, report: Callable[..., None]) -> None:
-    with stack.load("pg-killed", count()) as (ledger, _):
+    with stack.load("pg-killed", count()) as (ledger, sender):
         ledger.ambiguous = True
+        # Made before: their avatars are rows too.
+        more = stack.events(ledger, count())
         stack.site.postgres.kill()
-        killed = ledger.now()
+        killed = send_during(stack, ledger, sender, more)
         time.sleep(2)
         back = ledger.now()
         stack.site.postgres.start()
-    taken = taken_without_postgresql(ledger, killed + 0.2, back)
+    taken = taken_without_postgresql(ledger, killed, back)
     stack.verify()
     report(ledger, taken_while_down=len(taken))
 
@@ -68,10 +78,11 @@ def test_postgresql_disk_full(site: FaultSite, tmp_path: Path, report: Callable[
             site, tmp_path / "stack", postgres_port=small.server.port, apis=1, workers=1, seed=SEED
         ) as stack,
     ):
-        with stack.load("pg-full", count()) as (ledger, _):
+        with stack.load("pg-full", count()) as (ledger, sender):
             ledger.ambiguous = True
+            more = stack.events(ledger, count())
             small.fill()
-            full = ledger.now()
+            full = send_during(stack, ledger, sender, more)
             stack.wait(
                 lambda: any(
                     a.status == 503 or a.answer.get("delivery_id", 0) is None

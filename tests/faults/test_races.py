@@ -50,7 +50,7 @@ def test_two_workers_over_the_same_rows(stack: Stack, report: Callable[..., None
     """Both start at once over one backlog and take part in it."""
     ledger = waiting_rows(stack, "race")
     # Slow enough, and little enough at a time, for neither to be done before the other has begun.
-    stack.s3.faults.delay = 0.2
+    stack.s3.faults.delay = 2.0
     for worker in stack.workers:
         worker.environment["WORKER_BATCH_SIZE"] = "4"
         worker.start()
@@ -74,7 +74,7 @@ def test_frozen_worker_wakes_up_after_its_leases_ended(stack: Stack, report: Cal
     """It was taken for dead, another one has done its work; what it still wanted to do does no harm."""
     ledger = waiting_rows(stack, "frozen")
     frozen, other = stack.workers
-    stack.s3.faults.delay = 0.2
+    stack.s3.faults.delay = 2.0
     frozen.start()
     stack.wait(lambda: holds_leases(stack, frozen.name), "it holds leases")
     assert frozen.pid is not None
@@ -86,8 +86,8 @@ def test_frozen_worker_wakes_up_after_its_leases_ended(stack: Stack, report: Cal
         stack.wait(lambda: not holds_leases(stack, frozen.name), "its leases were taken over")
         stack.settle()
     finally:
+        mark = frozen.log.stat().st_size
         os.kill(frozen.pid, signal.SIGCONT)
-    mark = frozen.log.stat().st_size
     stack.wait(lambda: frozen.log.stat().st_size > mark, "it says something again")
     time.sleep(0.5)
     stack.verify()

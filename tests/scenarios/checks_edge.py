@@ -10,6 +10,7 @@ import os
 import socket
 import ssl
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -524,15 +525,35 @@ def test_garbage_without_plausible_credentials_is_limited_and_does_not_limit_oth
     assert ask(DELIVERY, data=b"x").status_code == 200
 
 
+KEPT_BACK = 50
+
+
 @contextmanager
 def slow_senders(number: int, length: int = LIMIT) -> Iterator[None]:
-    """Connections with forged credentials (no limit of rate) that send their bodies but for the last two bytes."""
+    """Connections with forged credentials (no limit of rate) that send their bodies but for the last few bytes."""
     forged = f"X-Fal-Webhook-Signature: {'00' * 64}\r\n"
     head = f"POST {DELIVERY} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n{forged}\r\n".encode()
+    stop = threading.Event()
+    senders: list[socket.socket] = []
+
+    def trickle() -> None:
+        # Those that began first must not be given up for silent before the last one has begun.
+        for _ in range(KEPT_BACK - 2):
+            if stop.wait(2):
+                return
+            for sender in list(senders):
+                with suppress(OSError):
+                    sender.send(b"a")
+
     with ExitStack() as stack:
+        trickling = threading.Thread(target=trickle)
+        trickling.start()
+        stack.callback(trickling.join)
+        stack.callback(stop.set)
         for _ in range(number):
             sender = stack.enter_context(socket.create_connection(("127.0.0.1", HTTP), timeout=10))
-            sender.sendall(head + b"a" * (length - 2))
+            sender.sendall(head + b"a" * (length - KEPT_BACK))
+            senders.append(sender)
         yield
 
 
@@ -548,7 +569,7 @@ def test_slow_senders_take_no_room_from_deliveries() -> None:
     """More bytes are on their way than nginx has memory (96 MB), let alone tmpfs (16 MB)."""
     with slow_senders(120):
         # What is not yet a buffer full is still in memory.
-        wait_for("the bodies are on the disk", lambda: received_bytes() > 115 * LIMIT, 12)
+        wait_for("the bodies are on the disk", lambda: received_bytes() > 115 * LIMIT, 60)
         answers = [ask(DELIVERY, data=b"a" * LIMIT) for _ in range(3)]
     assert [(answer.status_code, answer.json()["length"]) for answer in answers] == [(200, LIMIT)] * 3
     wait_for("nothing of them stays", lambda: received_bytes() == 0)
@@ -571,12 +592,16 @@ def assert_come_again(answer: requests.Response) -> None:
 
 
 def test_one_address_has_only_so_many_requests_in_progress() -> None:
-    # A few more than it takes: another connection of this address may have a place when they come, and leave it.
-    with slow_senders(PER_ADDRESS + 3, length=100):
+    with ExitStack() as senders:
+        senders.enter_context(slow_senders(PER_ADDRESS, length=100))
 
         def refused() -> list[requests.Response]:
             answer = ask(DELIVERY, data=b"x")
-            return [answer] if answer.status_code == 503 else []
+            if answer.status_code == 503:
+                return [answer]
+            # Others of this address may have had places when the senders came, and have left them.
+            senders.enter_context(slow_senders(1, length=100))
+            return []
 
         (answer,) = wait_for("the one above the limit is told to come again", refused)
         assert_come_again(answer)

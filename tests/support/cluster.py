@@ -226,13 +226,19 @@ class Cluster:
         """File with the vault's password."""
         return self.directory / "vault-password"
 
-    def secret(self, name: str) -> str:
-        """A secret of the vault."""
+    @property
+    def vault(self) -> dict[str, Any]:
+        """What the vault holds."""
         command = ["ansible-vault", "view", "--vault-password-file", str(self.vault_password)]
         command.append(str(self.inventory / "group_vars" / "all" / "vault.yml"))
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        document = yaml.safe_load(shown)
-        return str(document.get(name) or document["vault_secrets"][name])
+        found: dict[str, Any] = yaml.safe_load(shown)
+        return found
+
+    def secret(self, name: str) -> str:
+        """A secret of the vault."""
+        vault = self.vault
+        return str(vault.get(name) or vault["vault_secrets"][name])
 
     # Making it
 
@@ -414,8 +420,8 @@ class Cluster:
         """Run a playbook from this machine against the site; shown as well when VERBOSE is set."""
         command = ["ansible-playbook", "-i", str(inventory or self.inventory), playbook]
         command += ["--vault-password-file", str(self.vault_password), *arguments]
-        control = self.directory / "cp"
-        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_SSH_CONTROL_PATH_DIR": str(control)}
+        environment = {**os.environ, "ANSIBLE_NOCOLOR": "1"}
+        environment["ANSIBLE_SSH_CONTROL_PATH_DIR"] = str(self.control)
         # All hosts share this machine's processors.
         environment["ANSIBLE_TIMEOUT"] = "90"
         begin = time.monotonic()
@@ -433,6 +439,18 @@ class Cluster:
         if os.environ.get("VERBOSE"):
             print(run.stdout)
         return ClusterRun(run.returncode, run.stdout, time.monotonic() - begin)
+
+    @property
+    def control(self) -> Path:
+        """Where the connections that runs share, and keep for a minute, have their sockets."""
+        return self.directory / "cp"
+
+    def end_connections(self) -> None:
+        """End them: the next run connects anew, whatever stands in its way then."""
+        for socket in self.control.glob("*"):
+            command = ["ssh", "-O", "exit", "-o", f"ControlPath={socket}", "any"]
+            subprocess.run(command, capture_output=True, check=False, timeout=30)
+            socket.unlink(missing_ok=True)
 
     def site(self, *arguments: str, timeout: float = 1200) -> ClusterRun:
         """Run `site.yml` against the production inventory."""
@@ -530,3 +548,5 @@ class Cluster:
             for name in names:
                 testhost.docker("image", "rm", "--force", name, check=False)
             shutil.rmtree(Path("/etc/docker/certs.d") / self.registry, ignore_errors=True)
+            # Where this machine, which builds, notes that.
+            shutil.rmtree(Path("/opt") / self.name, ignore_errors=True)

@@ -8,6 +8,8 @@ import socket
 import threading
 from collections.abc import Iterator
 
+from tests.support.ports import reserve
+
 
 class Gate:
     """Forwards loopback connections to a backend until it is told otherwise.
@@ -24,8 +26,9 @@ class Gate:
         self._pairs: set[tuple[socket.socket, socket.socket]] = set()
         self._moved = threading.Event()
         self._closing = False
-        self._listener = self._listen(0)
-        self.port: int = self._listener.getsockname()[1]
+        self._reserved = reserve()
+        self.port: int = self._reserved.getsockname()[1]
+        self._listener = self._listen(self.port)
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
     def open(self) -> None:
@@ -54,6 +57,7 @@ class Gate:
         """End everything."""
         self._closing = True
         self.cut()
+        self._reserved.close()
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.socket()
@@ -80,13 +84,11 @@ class Gate:
         pair = (client, backend)
         with self._lock:
             self._pairs.add(pair)
-        with selectors.DefaultSelector() as selector:
+        # A cut may close both before they are registered.
+        with contextlib.suppress(OSError, ValueError), selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ, backend)
             selector.register(backend, selectors.EVENT_READ, client)
-            try:
-                while self._pump(selector):
-                    pass
-            except (OSError, ValueError):
+            while self._pump(selector):
                 pass
         self._drop(pair)
 

@@ -94,7 +94,7 @@ class MediaHost:
                 request.wfile.flush()
             if number == 0 and file.gate is not None:
                 self.half_sent.set()
-                file.gate.wait(60)
+                file.gate.wait(240)
         if file.chunked and file.stop_after is None:
             request.wfile.write(b"0\r\n\r\n")
 

@@ -6,6 +6,8 @@ import socket
 import threading
 from contextlib import suppress
 
+from tests.support.ports import reserve
+
 
 class Proxy:
     """Forwards a loopback port to `target`. `down()` refuses and cuts connections; `up()` takes them again."""
@@ -15,7 +17,8 @@ class Proxy:
         self._lock = threading.Lock()
         self._pairs: set[socket.socket] = set()
         self._listener: socket.socket | None = None
-        self.port = 0
+        self._reserved = reserve()
+        self.port = int(self._reserved.getsockname()[1])
         self.up()
 
     @property
@@ -29,7 +32,6 @@ class Proxy:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", self.port))
         listener.listen(64)
-        self.port = int(listener.getsockname()[1])
         self._listener = listener
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
@@ -53,6 +55,7 @@ class Proxy:
 
     def __exit__(self, *_: object) -> None:
         self.down()
+        self._reserved.close()
 
     def _accept(self, listener: socket.socket) -> None:
         while True:

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tests.support.ports import reserve
+
 CHUNK = 65536
 
 
@@ -40,7 +42,8 @@ class Trouble:
         self.faults = Faults()
         self.cuts = 0
         """Connections that it has reset."""
-        self.port = 0
+        self._reserved = reserve()
+        self.port: int = self._reserved.getsockname()[1]
         self._backend = (host, port)
         self._random = random.Random(seed)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -83,6 +86,7 @@ class Trouble:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
+        self._reserved.close()
 
     def _call(self, coroutine: object) -> None:
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(15)  # type: ignore[arg-type]
@@ -92,7 +96,6 @@ class Trouble:
             # Not asyncio's server: closed while it takes a connection, it leaves that one open.
             self._listener = socket.create_server(("127.0.0.1", self.port), backlog=512)
             self._listener.setblocking(False)
-            self.port = self._listener.getsockname()[1]
             self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _down(self) -> None:

@@ -49,7 +49,7 @@ class Bucket(Protocol):
     bucket: str
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 120.0) -> T:
     """The first true value of `condition`. Fails when there is none within `seconds`."""
     ends = time.monotonic() + seconds
     while True:
@@ -258,7 +258,7 @@ class Lab:
         names = [column.name for column in cursor.description or ()]
         return {row[1]: dict(zip(names, row, strict=True)) for row in cursor.fetchall()}
 
-    def wait_state(self, identifier: int, *states: str, seconds: float = 30.0) -> dict[str, Any]:
+    def wait_state(self, identifier: int, *states: str, seconds: float = 120.0) -> dict[str, Any]:
         """The delivery once it is in one of `states`."""
         try:
             wait_for(lambda: self.delivery(identifier)["state"] in states, "", seconds)
@@ -304,7 +304,7 @@ class Lab:
             yield worker
         finally:
             worker.stop()
-            thread.join(30)
+            thread.join(120)
             assert not thread.is_alive(), "the worker did not stop"
 
     def spawn(self, **changes: str) -> subprocess.Popen[bytes]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from ansible.parsing.dataloader import DataLoader
+from ansible.template import Templar, trust_as_template
 
 REPO = Path(__file__).resolve().parents[2]
 CHANGING = ("site.yml", "rollback.yml")
@@ -48,3 +50,74 @@ def test_stop_gives_the_lock_back_and_fails() -> None:
     assert "ansible.builtin.fail" in tasks[-1]
     assert "when" not in tasks[-1]
     assert any(task.get("deploy_lock", {}).get("state") == "released" for task in tasks)
+
+
+def matched(hosts: str, **given: str) -> set[str]:
+    """The hosts that a play's pattern names in a site where every group has a host of its own."""
+    pattern = Templar(
+        DataLoader(), variables={key: trust_as_template(value) for key, value in given.items()}
+    ).template(trust_as_template(hosts))
+    groups = {"builders", "registry", "backends", "webhook"}
+    named = {part for part in pattern.split(":") if part}
+    assert {part.removeprefix("!") for part in named} <= groups
+    return {part for part in named if f"!{part}" not in named and not part.startswith("!")}
+
+
+@pytest.mark.parametrize("name", ["site.yml"])
+def test_with_a_bundle_hosts_that_only_build_or_have_the_registry_are_not_touched(name: str) -> None:
+    for play in plays(name):
+        everywhere, bundled = matched(play["hosts"]), matched(play["hosts"], bundle="/bundle.tar")
+        assert bundled == everywhere - {"builders", "registry"}, play["name"]
+
+
+def test_what_is_signed_finds_the_sites_key_before_it_is_built() -> None:
+    tasks = {
+        "site.yml": next(p for p in plays("site.yml") if p["name"] == "The images are in the registry")[
+            "tasks"
+        ][0]["block"],
+        "bundle.yml": plays("bundle.yml")[-1]["tasks"],
+    }
+    for name, found in tasks.items():
+        roles = [
+            (task.get("ansible.builtin.include_role") or task.get("ansible.builtin.import_role"))["name"]
+            for task in found
+        ]
+        assert "secrets" in roles[: roles.index("images")], name
+        (key,) = (
+            task for task in found if task.get("ansible.builtin.include_role", {}).get("name") == "secrets"
+        )
+        assert key["when"] == "site_image_signatures | default(false) | bool"
+
+
+def test_no_option_is_used_that_the_oldest_compose_has_not_got() -> None:
+    """`pull --policy` and `run --pull` are younger than preflight_compose_min."""
+    for path in [
+        *REPO.glob("roles/*/tasks/*.yml"),
+        *REPO.glob("roles/*/vars/*.yml"),
+        *REPO.glob("playbooks/**/*.yml"),
+    ]:
+        assert "--policy" not in path.read_text(), path
+
+
+def test_a_run_that_failed_puts_secrets_back_when_hosts_have_gone_back_and_under_its_lock() -> None:
+    tasks = yaml.safe_load((REPO / "playbooks/tasks/stop.yml").read_text())
+    steps = ("import_tasks", "kept_secrets", "deploy_lock", "include_role", "fail")
+    order = [next(step for step in steps if {step, f"ansible.builtin.{step}"} & set(task)) for task in tasks]
+    # The record goes into the database, then the lock is given back, then the hook is told.
+    assert order == ["import_tasks", "kept_secrets", "include_role", "deploy_lock", "include_role", "fail"]
+    (put_back,) = [task for task in tasks if "kept_secrets" in task]
+    assert put_back["kept_secrets"]["state"] == "restored"
+    assert put_back["failed_when"] is False, "it hides no fault of the run"
+
+
+def test_of_several_hosts_each_can_go_back_with_its_secrets_until_all_are_proven() -> None:
+    found = {play["name"]: play for play in plays("site.yml")}
+    for name in ("The release runs, host by host", "The whole site is proven"):
+        assert found[name]["vars"]["rollout_settle"] == "{{ ansible_play_hosts_all | length == 1 }}"
+    (block,) = found["The whole site is proven"]["tasks"]
+    names = [task["name"] for task in block["block"]]
+    assert names.index("The site is proven") < names.index("Nothing is kept of the secrets of before")
+    rollout = yaml.safe_load((REPO / "roles/rollout/tasks/main.yml").read_text())
+    assert rollout[1]["rollout"]["settle"] == "{{ rollout_settle | bool }}"
+    back = yaml.safe_load((REPO / "playbooks/tasks/back.yml").read_text())
+    assert "settle" not in back[0]["rollout"], "a host that has gone back is done"

@@ -66,12 +66,39 @@ def test_every_secret_of_the_example_is_generated_and_none_is_shown(inventory: I
 
 def test_optional_names_of_the_example_can_be_given(inventory: Inventory) -> None:
     names = re.findall(r"^\s*# (\w+): \"\"$", EXAMPLE.read_text(), re.MULTILINE)
-    assert names == ["fal_api_key", "forward_secret", "telegram_bot_token", "vault_become_password"]
+    assert names == [
+        "fal_webhook_secret_previous",
+        "fal_api_key",
+        "forward_secret",
+        "telegram_bot_token",
+        "vault_become_password",
+    ]
     given = {name: f"given-{name}" for name in [*names, "source_replicate"]}
     run = inventory.run("--values", "-", values=yaml.safe_dump(given))
     assert run.returncode == 0, run.stderr
     assert secrets_of(inventory.contents()).items() >= given.items()
     assert inventory.contents()["vault_become_password"] == "given-vault_become_password"
+
+
+def test_the_signing_key_is_one_that_images_can_be_signed_with(inventory: Inventory) -> None:
+    assert inventory.run().returncode == 0
+    key = inventory.contents()["vault_secrets"]["image_signing_key"]
+    command = ["openssl", "pkey", "-noout", "-text"]
+    told = subprocess.run(command, input=key, capture_output=True, text=True, check=True).stdout
+    assert "prime256v1" in told
+    inventory.run("--renew", "image_signing_key", "--renew", "backup_passphrase")
+    assert inventory.contents()["vault_secrets"]["image_signing_key"] != key
+
+
+def test_every_secret_that_the_roles_ask_for_in_production_is_known() -> None:
+    """Of role secrets: what it writes and does not generate itself."""
+    role = yaml.safe_load((REPO / "roles" / "secrets" / "vars" / "main.yml").read_text())
+    asked = set(role["__secrets_service"].values())
+    asked |= {file["name"] for file in (*role["__secrets_root"], *role["__secrets_builder"])}
+    example = EXAMPLE.read_text()
+    assert {name for name in asked if f"{name}:" not in example} == set()
+    source = (REPO / "scripts" / "vault.py").read_text()
+    assert {name for name in asked if f'"{name}"' not in source} == set()
 
 
 def test_what_exists_already_is_taken_as_it_is(inventory: Inventory) -> None:
@@ -98,6 +125,7 @@ def test_a_vault_that_stands_is_left_as_it_is(inventory: Inventory) -> None:
         ("redis_password: ''", "redis_password must be a text"),
         ("redis_password: 123456", "redis_password must be a text"),
         ("fal_webhook_secret: short", "at least 16 characters"),
+        ("fal_webhook_secret_previous: short", "fal_webhook_secret_previous has at least 16 characters"),
         ("redis_password: [secret-text", "cannot be read"),
         ("- secret-text", "one `name: value` a line"),
     ],
@@ -113,13 +141,48 @@ def test_wrong_values_are_named_and_not_shown(inventory: Inventory, values: str,
 def test_one_secret_is_renewed_and_all_others_stay(inventory: Inventory) -> None:
     inventory.run()
     before = inventory.contents()
-    run = inventory.run("--renew", "fal_webhook_secret", "--renew", "vault_registry_password")
+    run = inventory.run("--renew", "redis_password", "--renew", "vault_registry_password")
     assert run.returncode == 0, run.stderr
     after = inventory.contents()
     differ = {name for name, value in secrets_of(after).items() if secrets_of(before)[name] != value}
-    assert differ == {"fal_webhook_secret", "vault_registry_password"}
-    assert after["vault_secrets"]["fal_webhook_secret"] not in run.stdout
+    assert differ == {"redis_password", "vault_registry_password"}
+    assert after["vault_secrets"]["redis_password"] not in run.stdout
     assert stat.S_IMODE(inventory.vault.stat().st_mode) == 0o600
+
+
+def test_the_webhook_secret_is_renewed_in_two_steps(inventory: Inventory) -> None:
+    inventory.run()
+    first = inventory.contents()["vault_secrets"]["fal_webhook_secret"]
+    run = inventory.run("--renew", "fal_webhook_secret")
+    assert run.returncode == 0, run.stderr
+    both = inventory.contents()["vault_secrets"]
+    assert both["fal_webhook_secret_previous"] == first != both["fal_webhook_secret"]
+    assert "--drop fal_webhook_secret_previous" in run.stdout
+    assert first not in run.stdout
+    run = inventory.run("--drop", "fal_webhook_secret_previous")
+    assert run.returncode == 0, run.stderr
+    after = inventory.contents()["vault_secrets"]
+    assert after == {name: value for name, value in both.items() if name != "fal_webhook_secret_previous"}
+
+
+def test_a_webhook_secret_that_got_out_is_renewed_in_one_step(inventory: Inventory) -> None:
+    inventory.run()
+    before = inventory.contents()["vault_secrets"]
+    run = inventory.run("--renew", "fal_webhook_secret", "--drop", "fal_webhook_secret_previous")
+    assert run.returncode == 0, run.stderr
+    after = inventory.contents()["vault_secrets"]
+    assert after.keys() == before.keys()
+    assert after["fal_webhook_secret"] != before["fal_webhook_secret"]
+
+
+@pytest.mark.parametrize("name", ["redis_password", "nothing"])
+def test_what_the_roles_need_is_not_dropped(inventory: Inventory, name: str) -> None:
+    inventory.run()
+    before = inventory.vault.read_bytes()
+    run = inventory.run("--drop", name)
+    assert run.returncode == 1
+    assert f"{name} cannot be dropped" in run.stderr
+    assert inventory.vault.read_bytes() == before
 
 
 def test_a_wrong_password_changes_nothing(inventory: Inventory) -> None:

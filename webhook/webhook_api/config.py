@@ -168,6 +168,8 @@ class Settings:
     """Where a worker shows its metrics; 0: nowhere."""
     reconcile: ReconcileSettings = field(default_factory=ReconcileSettings)
     retention: RetentionSettings = field(default_factory=RetentionSettings)
+    fal_webhook_secret_previous: str | None = field(default=None, repr=False)
+    """Accepted as well while callers are given a new ``fal_webhook_secret``; ``None``: no more."""
     fal_account_file: Path | None = None
     """Where a learned account outlives a restart; ``None``: only in memory."""
     sources: tuple[Sender, ...] = ()
@@ -297,7 +299,8 @@ def _read(reader: _Reader, needs: frozenset[Need]) -> Settings:
         minio_secret_key=_required(reader, "MINIO_SECRET_KEY", True) if Need.OBJECT_STORE in needs else "",
         minio_bucket=_bucket(reader),
         minio_secure=minio_secure,
-        fal_webhook_secret=_secret(reader) if Need.VERIFIER in needs else None,
+        fal_webhook_secret=_secret(reader, "FAL_WEBHOOK_SECRET") if Need.VERIFIER in needs else None,
+        fal_webhook_secret_previous=_previous(reader) if Need.VERIFIER in needs else None,
         fal_api_key=api_key,
         fal_jwks_url=jwks_url,
         fal_jwks_file=jwks_file,
@@ -443,17 +446,24 @@ def _jwks(reader: _Reader) -> tuple[str | None, Path | None]:
     return url, None
 
 
-def _secret(reader: _Reader) -> str | None:
-    secret = reader.text("FAL_WEBHOOK_SECRET")
+def _secret(reader: _Reader, name: str) -> str | None:
+    secret = reader.text(name)
     if not secret:
         return None
     if len(secret) < SECRET_MIN_LENGTH:
         reader.faults.append(
-            f"FAL_WEBHOOK_SECRET has {len(secret)} characters: give at least {SECRET_MIN_LENGTH} random ones"
+            f"{name} has {len(secret)} characters: give at least {SECRET_MIN_LENGTH} random ones"
         )
     if not re.fullmatch(r"[\x21-\x7e]+", secret):
+        reader.faults.append(f"{name} must be printable ASCII without spaces (it is sent in a header)")
+    return secret
+
+
+def _previous(reader: _Reader) -> str | None:
+    secret = _secret(reader, "FAL_WEBHOOK_SECRET_PREVIOUS")
+    if secret and not (reader.plain("FAL_WEBHOOK_SECRET") or reader.has_file("FAL_WEBHOOK_SECRET")):
         reader.faults.append(
-            "FAL_WEBHOOK_SECRET must be printable ASCII without spaces (it is sent in a header)"
+            "FAL_WEBHOOK_SECRET_PREVIOUS is set, but FAL_WEBHOOK_SECRET is not: set both while it is replaced"
         )
     return secret
 

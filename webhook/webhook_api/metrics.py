@@ -19,7 +19,7 @@ from prometheus_client import (
 
 __all__ = ["CONTENT_TYPE_LATEST", "render"]
 
-_FAST: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+_FAST: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 2.5)
 
 DELIVERIES = Counter(
     "webhook_deliveries",
@@ -28,7 +28,13 @@ DELIVERIES = Counter(
 )
 """outcome: stored, duplicate, variant (duplicate with another body), kept_aside (see webhook_kept_aside)."""
 REJECTED = Counter("webhook_rejected", "Deliveries not accepted, by reason", ["reason"])
+PREVIOUS_SECRET = Counter("webhook_previous_secret", "Calls that came with FAL_WEBHOOK_SECRET_PREVIOUS")
 REQUESTS = Histogram("webhook_request_seconds", "Time to answer", ["endpoint", "code"], buckets=_FAST)
+IN_PROGRESS = Gauge(
+    "webhook_deliveries_in_progress",
+    "Requests by POST that were read in whole and are not answered yet",
+    multiprocess_mode="livesum",
+)
 STORE = Histogram("webhook_store_seconds", "Time to commit one delivery", buckets=_FAST)
 BATCH = Histogram(
     "webhook_commit_rows", "Deliveries that shared a commit", buckets=(1, 2, 4, 8, 16, 32, 64, 128)

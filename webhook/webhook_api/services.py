@@ -37,7 +37,7 @@ class Services:
         self.samples = Samples(settings.database_url, settings.instance_id)
         self.authenticator = Authenticator(
             fal=FalVerifier(self.keys, self.accounts),
-            manual=SecretVerifier(settings.fal_webhook_secret),
+            manual=SecretVerifier(settings.fal_webhook_secret, settings.fal_webhook_secret_previous),
             senders={sender.name: sender.verifier() for sender in settings.sources},
             witness=self.samples.offer,
         )

@@ -37,7 +37,11 @@ def play(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         host = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
         tasks: list[dict[str, Any]] = [
             {
-                "secret_files": {"path": str(tmp_path / "secrets"), "files": files},
+                "secret_files": {
+                    "path": str(tmp_path / "secrets"),
+                    "files": files,
+                    "site_dir": str(tmp_path),
+                },
                 "register": "secrets",
                 "no_log": no_log,
             },
@@ -49,7 +53,8 @@ def play(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             },
             {
                 "ansible.builtin.debug": {
-                    "msg": "version={{ secrets.version }} actions={{ secrets.actions | to_json }}"
+                    "msg": "version={{ secrets.version }} actions={{ secrets.actions | to_json }} "
+                    "kept={{ secrets.kept | to_json }}"
                 }
             },
         ]
@@ -108,3 +113,20 @@ def test_a_task_that_would_show_secrets_is_refused(play, tmp_path: Path) -> None
     assert refused.returncode != 0
     assert "no_log: true" in refused.stdout
     assert not (tmp_path / "secrets").exists()
+
+
+def test_a_rotation_keeps_the_value_of_before_and_tells_its_name_alone(play, tmp_path: Path) -> None:
+    kept = [{**FILES[0], "keep": True}, *FILES[1:]]
+    assert "changed=1" in play(files=kept).stdout
+    (tmp_path / "releases/r-000000000001").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/r-000000000001")
+    replaced = [{**kept[0], "value": "another-secret-value"}, *kept[1:]]
+    for options in (("--check", "--diff", "-vvv"), ("--diff", "-vvvv")):
+        told = play(*options, files=replaced)
+        assert "changed=1" in told.stdout, options
+        assert 'kept=["given"]' in told.stdout.replace("\\", "")
+        assert not [text for text in (SECRET, "another-secret-value") if text in told.stdout + told.stderr]
+    assert (tmp_path / "secrets/.before/given").read_text() == SECRET
+    assert (tmp_path / "secrets/.before").stat().st_mode & 0o777 == 0o700
+    assert "changed=0" in play(files=replaced).stdout
+    assert (tmp_path / "secrets/.before/given").read_text() == SECRET

@@ -17,8 +17,10 @@ import pytest
 from minio.error import MinioException
 from webhook_api import trace
 from webhook_api.effects import archive
+from webhook_api.media import MediaPolicy
 from webhook_api.outlets import PART_BYTES, ObjectStore, minio_client
 from webhook_api.states import EffectError, Failure
+from webhook_api.worker import loop
 
 from tests.support.apiservice import PACKAGE
 from tests.support.mediahost import File, MediaHost
@@ -170,7 +172,8 @@ def test_a_slow_download_is_ended(bench: Lab, media: MediaHost) -> None:
         EVENT_MAX_ATTEMPTS="1",
     )
     assert "media_timeout" in bench.effects(identifier)["archive"]["last_error"]
-    assert monotonic() - started < 10
+    # Before a silence of the host would have ended it.
+    assert monotonic() - started < MediaPolicy(https_hosts=()).read_seconds - 5
 
 
 def test_an_unreachable_media_host_does_not_use_up_the_attempts(bench: Lab, media: MediaHost) -> None:
@@ -358,7 +361,7 @@ def test_a_store_that_cuts_transfers_is_waited_for(bench: Lab, media: MediaHost)
     ):
         payload = {"a": {"url": media.url("/lora")}, "b": {"url": media.url("/small")}}
         identifier = bench.deliver(result("r-1", payload), "completed")
-        assert media.half_sent.wait(30)
+        assert media.half_sent.wait(120)
         proxy.down()
         gate.set()
         found = bench.wait_state(identifier, "retry", seconds=60)
@@ -444,14 +447,12 @@ def test_trace_answers_although_redis_is_away(bench: Lab) -> None:
     assert found["deliveries"][0]["objects"][0]["exists"]
 
 
-def test_a_new_delivery_is_taken_at_once(bench: Lab) -> None:
-    """By notification: the poll alone would take up to five seconds."""
-
+def test_a_new_delivery_is_taken_at_once(bench: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By notification: there is no poll here that would find it."""
+    monkeypatch.setattr(loop, "POLL_SECONDS", 3600.0)
     with bench.worker() as worker:
         wait_for(lambda: worker._listener._connection is not None, "the listener")
         sleep(0.5)  # let it fall asleep
         for number in range(3):
             bench.avatar(f"r-{number}", kind="style")
-            started = monotonic()
             bench.wait_state(bench.deliver(result(f"r-{number}", {"finetune_id": "f"}), "completed"), "done")
-            assert monotonic() - started < 2.5

@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from webhook_api.inbox.spoolfile import Entry, SpoolFile
 from tests.support.workerlab import Bucket
 
 pytestmark = pytest.mark.backends
-STREAM = "backup:[test]:events"
+MARK = f"backup-{uuid.uuid4().hex[:12]}"
+HERE, THERE = f"{MARK}-a", f"{MARK}-b"
+STREAM, OTHER = f"{MARK}:[test]:events", f"{MARK}:other"
 
 
 @pytest.fixture
@@ -30,7 +33,7 @@ def store(s3: Bucket) -> Iterator[Minio]:
         s3.endpoint, access_key=s3.access_key, secret_key=s3.secret_key, secure=False, region="us-east-1"
     )
     yield client
-    for bucket in ("backup-a", "backup-b"):
+    for bucket in (HERE, THERE):
         if client.bucket_exists(bucket):
             for found in client.list_objects(bucket, recursive=True):
                 client.remove_object(bucket, str(found.object_name))
@@ -40,9 +43,9 @@ def store(s3: Bucket) -> Iterator[Minio]:
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
     made = streams.client_of(redis_url, None)
-    made.delete(*[*made.keys("*backup:*"), b"none"])
+    made.delete(*[*made.keys(f"*{MARK}*"), b"none"])
     yield made
-    made.delete(*[*made.keys("*backup:*"), b"none"])
+    made.delete(*[*made.keys(f"*{MARK}*"), b"none"])
     made.close()
 
 
@@ -72,28 +75,28 @@ def exported(export: Any, *arguments: Any) -> io.BytesIO:
 
 
 def test_every_object_comes_back_with_its_type_and_metadata(store: Minio) -> None:
-    store.make_bucket("backup-a")
+    store.make_bucket(HERE)
     large = os.urandom(11 * 1024 * 1024)
     for key, data in {"a/b.json": b"{}", "a/leer": b"", "ä ö/ü+%.bin": b"x", "groß.bin": large}.items():
         digest = hashlib.sha256(data).hexdigest()
         kind = "application/json" if key.endswith("json") else "application/octet-stream"
         store.put_object(
-            "backup-a", key, io.BytesIO(data), len(data), content_type=kind, metadata={"sha256": digest}
+            HERE, key, io.BytesIO(data), len(data), content_type=kind, metadata={"sha256": digest}
         )
-    stream = exported(objects.export, store, "backup-a")
-    assert objects.measure(store, "backup-a").count == 4
-    assert objects.restore(store, "backup-b", stream).count == 4
-    assert digests(store, "backup-b") == digests(store, "backup-a")
+    stream = exported(objects.export, store, HERE)
+    assert objects.measure(store, HERE).count == 4
+    assert objects.restore(store, THERE, stream).count == 4
+    assert digests(store, THERE) == digests(store, HERE)
 
 
 def test_a_stream_that_was_cut_off_is_told(store: Minio, client: redis.Redis, tmp_path: Path) -> None:
-    store.make_bucket("backup-a")
+    store.make_bucket(HERE)
     for number in range(5):
-        store.put_object("backup-a", f"{number}", io.BytesIO(b"x" * 2000), 2000)
-    whole = exported(objects.export, store, "backup-a").getvalue()
+        store.put_object(HERE, f"{number}", io.BytesIO(b"x" * 2000), 2000)
+    whole = exported(objects.export, store, HERE).getvalue()
     for length in (0, 3000, 9000, len(whole) - 10240 - 1024):
         with pytest.raises(BackupError) as caught:
-            objects.restore(store, "backup-b", io.BytesIO(whole[:length]))
+            objects.restore(store, THERE, io.BytesIO(whole[:length]))
         assert caught.value.reason == "truncated", length
     with pytest.raises(BackupError) as caught:
         streams.restore(client, io.BytesIO(whole))
@@ -107,16 +110,16 @@ def test_the_stream_keeps_groups_and_markers(client: redis.Redis) -> None:
     client.xgroup_create(STREAM, "bot", id="0")
     client.xreadgroup("bot", "one", {STREAM: ">"}, count=2)
     client.set(marker, "1-1", ex=1000)
-    client.set("backup:other", "not ours")
+    client.set(OTHER, "not ours")
     entries, groups = client.xrange(STREAM), client.xinfo_groups(STREAM)
     stream = exported(streams.export, client, STREAM)
-    client.delete(STREAM, marker, "backup:other")
+    client.delete(STREAM, marker, OTHER)
     assert streams.restore(client, stream).count == 2
     assert client.xrange(STREAM) == entries
     assert client.xinfo_groups(STREAM) == groups
     assert client.get(marker) == b"1-1"
     assert 0 < client.ttl(marker) <= 1000
-    assert not client.exists("backup:other")
+    assert not client.exists(OTHER)
 
 
 def delivery(request_id: str) -> Delivery:

@@ -289,9 +289,15 @@ def test_a_locked_avatar_is_waited_for_without_harm(bench: Lab) -> None:
         bot.execute("select 1 from avatars for update")
         identifier = bench.deliver(ok("r-1", {"finetune_id": "ft"}), "completed")
         bench.wait_state(identifier, "leased")
+        wait_for(
+            lambda: bench.connection.execute(
+                "select 1 from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+            ).fetchone(),
+            "the worker waits for the avatar",
+        )
         # Intake is not held up meanwhile: the worker keeps no lock on the inbox's row while it waits.
         with bench.connection.transaction():
-            bench.connection.execute("set local lock_timeout = '500ms'")
+            bench.connection.execute("set local lock_timeout = '2s'")
             bench.connection.execute("update webhook.deliveries set attempts = attempts + 1")
         bot.execute("update avatars set name = 'kept'")
         bot.commit()
@@ -401,7 +407,12 @@ def test_two_workers_never_run_the_same_delivery(bench: Lab) -> None:
     for number in range(40):
         bench.avatar(f"r-{number}", kind="style")
         identifiers.append(bench.deliver(ok(f"r-{number}", {"finetune_id": "ft"}), "completed"))
-    with bench.worker(), bench.worker(INSTANCE_ID="second"), bench.worker(INSTANCE_ID="third"):
+    lease = {"LEASE_SECONDS": "120"}
+    with (
+        bench.worker(**lease),
+        bench.worker(INSTANCE_ID="second", **lease),
+        bench.worker(INSTANCE_ID="third", **lease),
+    ):
         for identifier in identifiers:
             bench.wait_state(identifier, "done", seconds=60)
     counts = bench.connection.execute("select count(*), count(distinct request) from seen").fetchone()

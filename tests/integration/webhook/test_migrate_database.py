@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import psycopg
 import pytest
@@ -133,24 +135,32 @@ def test_an_older_release_leaves_a_newer_schema_alone(url: str) -> None:
         assert outcome.version == len(packaged())
 
 
+@contextmanager
+def role_of_our_own(admin: psycopg.Connection) -> Iterator[sql.Identifier]:
+    """Roles are the server's: a fixed name would be another run's as well."""
+    role = sql.Identifier(f"webhook_test_{uuid.uuid4().hex[:12]}")
+    admin.execute(sql.SQL("create role {}").format(role))
+    try:
+        yield role
+    finally:
+        admin.execute(sql.SQL("drop owned by {}").format(role))
+        admin.execute(sql.SQL("drop role {}").format(role))
+
+
 def test_without_the_right_to_create_it_says_what_to_grant(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as admin:
-        admin.execute("drop role if exists webhook_test_nobody")
-        admin.execute("create role webhook_test_nobody")
-        with db.connect(url, "test") as connection:
-            connection.execute(sql.SQL("set role webhook_test_nobody"))
-            with pytest.raises(MigrationError, match="grant CREATE"):
-                migrate(connection)
-        admin.execute("drop role webhook_test_nobody")
+    with (
+        psycopg.connect(url, autocommit=True) as admin,
+        role_of_our_own(admin) as nobody,
+        db.connect(url, "test") as connection,
+    ):
+        connection.execute(sql.SQL("set role {}").format(nobody))
+        with pytest.raises(MigrationError, match="grant CREATE"):
+            migrate(connection)
 
 
 def test_a_role_that_owns_only_its_schema_may_migrate(url: str) -> None:
-    with psycopg.connect(url, autocommit=True) as admin:
-        admin.execute("drop role if exists webhook_test_owner")
-        admin.execute("create role webhook_test_owner")
-        admin.execute("create schema webhook authorization webhook_test_owner")
+    with psycopg.connect(url, autocommit=True) as admin, role_of_our_own(admin) as owner:
+        admin.execute(sql.SQL("create schema webhook authorization {}").format(owner))
         with db.connect(url, "test") as connection:
-            connection.execute("set role webhook_test_owner")
+            connection.execute(sql.SQL("set role {}").format(owner))
             assert migrate(connection).version == len(packaged())
-        admin.execute("drop owned by webhook_test_owner")
-        admin.execute("drop role webhook_test_owner")

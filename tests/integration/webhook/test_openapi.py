@@ -15,7 +15,7 @@ from tests.support.apiservice import running
 from tests.support.falfake import SECRET
 
 __all__ = ["bucket", "parts"]
-pytestmark = pytest.mark.backends
+pytestmark = [pytest.mark.backends, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_no_answer_differs_from_the_document(lab: Lab, tmp_path: Path) -> None:
     environment = {**os.environ, "HYPOTHESIS_STORAGE_DIRECTORY": str(tmp_path / "hypothesis")}
     environment.pop("PYTHONWARNINGS", None)
     run = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert "traceback" not in lab.service.log.read_text().lower()

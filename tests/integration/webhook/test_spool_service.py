@@ -17,14 +17,12 @@ import psycopg
 import pytest
 import urllib3
 
-from tests.integration.webhook.test_intake_service import Lab, Parts, at_once, bucket, parts
+from tests.integration.webhook.test_intake_service import IN_TIME, Lab, Parts, accept_at_once, bucket, parts
 from tests.support.apiservice import PACKAGE, running
 from tests.support.falfake import delivery
 
 __all__ = ["bucket", "parts"]
 pytestmark = pytest.mark.backends
-IN_TIME = 2.0
-"""Seconds in which the sender has its answer, whatever is down."""
 SECONDS = 60.0
 
 
@@ -76,6 +74,14 @@ def attempts(lab: Lab) -> dict[str, int]:
     return dict(found)
 
 
+def each_arrived(lab: Lab, request_ids: list[str], times: int = 1, resent: int = 0) -> None:
+    """All of them are there, and none was counted more often. What was refused for its deadline may count as well."""
+    found = attempts(lab)
+    assert set(found) == set(request_ids)
+    assert min(found.values()) >= times
+    assert sum(found.values()) <= times * len(request_ids) + len(lab.service.resent) + resent
+
+
 def metric(lab: Lab, name: str) -> float:
     lines = str(lab.service.get("/metrics")[1]).splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith((name + " ", name + "{")))
@@ -96,11 +102,9 @@ def test_postgresql_down_is_a_200_from_the_spool_in_time(lab: Lab, way: str) -> 
         metric(lab, name) for name in ("webhook_spooled_total", "webhook_spool_drained_total")
     )
     getattr(lab.postgres, way)()
-    answers = [answer for _ in range(3) for answer in at_once(lab, 30)]
-    for status, document, seconds in answers:
-        assert status == 200, document
-        assert seconds < IN_TIME
-        assert document["delivery_id"] is None
+    answers = [answer for _ in range(3) for answer in accept_at_once(lab, 30)]
+    lab.service.answered_within(IN_TIME)
+    assert {answer["delivery_id"] for answer in answers} == {None}
     document = lab.service.wait_health("degraded")
     assert lab.service.get("/health")[0] == 200
     assert not document["checks"]["database"]["ok"]
@@ -109,19 +113,21 @@ def test_postgresql_down_is_a_200_from_the_spool_in_time(lab: Lab, way: str) -> 
     assert metric(lab, "webhook_spooled_total") == spooled + 90
     lab.postgres.open()
     wait_drained(lab)
-    assert set(attempts(lab)) == {"before"} | {document["request_id"] for _, document, _ in answers}
+    assert set(attempts(lab)) == {"before"} | {answer["request_id"] for answer in answers}
     assert metric(lab, "webhook_spool_drained_total") == drained + 90
     stored_directly(lab, "after")
 
 
 def test_the_answer_of_a_committed_row_is_lost_and_nothing_is_doubled(lab: Lab) -> None:
     """The connection is cut under load: what was committed without an answer is one row and one arrival's event."""
+    sent: list[str] = []
     accepted: list[str] = []
     stop = threading.Event()
 
     def sender() -> None:
         while not stop.is_set():
             request_id = str(uuid.uuid4())
+            sent.append(request_id)
             if lab.send(request_id)[0] == 200:
                 accepted.append(request_id)
 
@@ -142,7 +148,8 @@ def test_the_answer_of_a_committed_row_is_lost_and_nothing_is_doubled(lab: Lab) 
         thread.join(30)
     wait_drained(lab)
     found = attempts(lab)
-    assert set(found) == set(accepted)
+    # What was refused because its time was up may be stored all the same.
+    assert set(accepted) <= set(found) <= set(sent)
     assert set(found.values()) == {1}
 
 
@@ -171,12 +178,12 @@ def test_a_killed_process_leaves_its_spool_to_the_next(lab: Lab) -> None:
         thread.join(30)
     lab.service.start()
     lab.service.wait_for(lambda: spool(lab)["rows"] >= len(accepted), "the spool is adopted", SECONDS)
-    assert lab.send(accepted[0])[0] == 200
+    lab.accept(accepted[0])
     lab.postgres.open()
     wait_drained(lab)
     found = attempts(lab)
     assert set(accepted) <= set(found)
-    assert found.pop(accepted[0]) == 2
+    assert 2 <= found.pop(accepted[0]) <= 2 + len(lab.service.resent)
     assert set(found.values()) == {1}
 
 
@@ -188,7 +195,7 @@ def test_a_hundred_copies_while_the_database_goes_and_comes_are_one_row(lab: Lab
 
     def one() -> None:
         for _ in range(10):
-            status = lab.service.post(sent.body, sent.headers)[0]
+            status = lab.service.deliver(sent.body, sent.headers)[0]
             with lock:
                 statuses.append(status)
 
@@ -222,8 +229,7 @@ def test_a_full_spool_is_a_503_in_time_and_keeps_what_it_took(
                 {"request_id": request_id, "status": "queued", "padding": "x" * 50_000}
             ).encode()
             headers = delivery("old-completed", parts.key).headers
-            status, document, seconds, headers = service.post(body, headers)
-            assert seconds < IN_TIME
+            status, document, _, headers = service.deliver(body, headers)
             if status == 200:
                 accepted.append(request_id)
             else:
@@ -234,11 +240,14 @@ def test_a_full_spool_is_a_503_in_time_and_keeps_what_it_took(
         service.wait_for(unhealthy_after_one_more, "the spool is full", SECONDS)
         assert 5 < len(accepted) < 25
         assert set(refused) == {(503, "spool_full")}
+        service.answered_within(IN_TIME)
         document = service.wait_health("unhealthy")
         assert document["checks"]["spool"]["error"] == "full"
         parts.postgres.open()
         wait_drained(lab)
-        assert set(attempts(lab)) == set(accepted)
+        found = set(attempts(lab))
+        assert set(accepted) <= found
+        assert len(found) <= len(accepted) + len(service.resent)
 
 
 def test_two_processes_on_one_directory_lose_and_double_nothing(
@@ -250,14 +259,14 @@ def test_two_processes_on_one_directory_lose_and_double_nothing(
         lab.postgres.cut()
         sent = [f"r-{n}" for n in range(30)]
         for request_id in sent:
-            assert lab.send(request_id)[0] == 200
-            assert other.send(request_id)[0] == 200
+            lab.accept(request_id)
+            other.accept(request_id)
         lab.service.kill_all()
         # The living one takes over what the dead one left.
         second.wait_for(lambda: spool(other)["rows"] == 60, "the second adopts", SECONDS)
         lab.postgres.open()
         wait_drained(other)
-        assert attempts(other) == dict.fromkeys(sent, 2)
+        each_arrived(lab, sent, 2, resent=len(second.resent))
 
 
 def test_a_damaged_file_is_put_aside_and_shown(
@@ -270,7 +279,7 @@ def test_a_damaged_file_is_put_aside_and_shown(
         service.wait_health("healthy")
         assert metric(lab, "webhook_spool_failures_total") >= 1
         parts.postgres.cut()
-        assert lab.send("taken")[0] == 200
+        lab.accept("taken")
         parts.postgres.open()
         wait_drained(lab)
         status = console(environment, "spool", "status", "--json")
@@ -283,7 +292,7 @@ def test_verification_never_depends_on_the_database(lab: Lab) -> None:
     lab.postgres.cut()
     for shape in ("forged", "tampered", "wrong-secret", "other-account"):
         assert lab.send(shape=shape)[0] in {401, 403}
-    assert lab.send("good")[0] == 200
+    lab.accept("good")
     lab.postgres.open()
     wait_drained(lab)
     assert set(attempts(lab)) == {"good"}
@@ -294,7 +303,7 @@ def test_the_command_line_shows_exports_and_drains(
 ) -> None:
     lab.postgres.cut()
     for n in range(5):
-        assert lab.send(f"r-{n}")[0] == 200
+        lab.accept(f"r-{n}")
     alive = console(environment, "spool", "status", "--json")
     assert alive.returncode == 0, alive.stderr
     shown = json.loads(alive.stdout)
@@ -314,7 +323,7 @@ def test_the_command_line_shows_exports_and_drains(
     drained = console(environment, "spool", "drain", "--json")
     assert drained.returncode == 0, drained.stderr
     assert json.loads(drained.stdout)["drained"] == 5
-    assert attempts(lab) == {f"r-{n}": 1 for n in range(5)}
+    each_arrived(lab, [f"r-{n}" for n in range(5)])
     assert json.loads(console(environment, "spool", "status", "--json").stdout)["files"] == []
     without = console(
         {key: value for key, value in environment.items() if key != "SPOOL_DIR"}, "spool", "status"
@@ -330,7 +339,7 @@ def test_it_starts_without_its_database_and_takes_deliveries(
     with running(environment, tmp_path / "api.log") as service:
         lab = parts.lab(service)
         service.wait_health("degraded")
-        assert lab.send("early")[0] == 200
+        lab.accept("early")
         parts.postgres.open()
         wait_drained(lab)
-        assert attempts(lab) == {"early": 1}
+        each_arrived(lab, ["early"])

@@ -268,7 +268,7 @@ def test_a_worker_has_one_that_may_kill_it_at_a_time(bench: Lab) -> None:
             with bench.worker(
                 ARCHIVE_ALLOW_HTTP_HOSTS=media.address, WORKER_CONCURRENCY="3", LEASE_SECONDS="60"
             ):
-                assert media.half_sent.wait(60)
+                assert media.half_sent.wait(120)
                 # Of the same queue, and claimed after it.
                 with bench.connection.transaction():
                     others = bench.deliver_styles([f"other-{number}" for number in range(3)])
@@ -345,14 +345,14 @@ def test_a_stop_in_the_middle_of_a_backlog_leaves_no_lease(bench: Lab) -> None:
     bench.count_changes()
     request_ids = names(400)
     identifiers = bench.deliver_styles(request_ids)
-    with bench.worker(WORKER_BATCH_SIZE="16"):
+    with bench.worker(WORKER_BATCH_SIZE="16", LEASE_SECONDS="120"):
         wait_for(lambda: len(bench.entries()) > 20, "some entries")
     states = dict(
         bench.connection.execute("select state, count(*) from webhook.deliveries group by state").fetchall()
     )
     assert "leased" not in states
     assert states.get("pending", 0) + states.get("retry", 0) > 0, "stopped in the middle"
-    with bench.worker():
+    with bench.worker(LEASE_SECONDS="120"):
         all_in(bench, identifiers, "done")
     bench.must_have_happened_once(identifiers, request_ids)
     crashes = bench.connection.execute("select max(crashes) from webhook.deliveries").fetchone()
@@ -650,7 +650,7 @@ def test_a_hanging_media_host_holds_up_no_avatar(bench: Lab) -> None:
                 for number in range(300):
                     bench.avatar(f"slow-{number}", kind="style")
                     bench.deliver({"request_id": f"slow-{number}", **slow}, "completed")
-                assert media.half_sent.wait(30)
+                assert media.half_sent.wait(120)
                 bench.avatar("quick", kind="style")
                 identifier = bench.deliver(
                     {"request_id": "quick", "status": "ERROR", "error": "no"}, "failed"

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -74,7 +75,7 @@ def test_killed_in_the_middle_of_a_download(bench: Lab, media: MediaHost) -> Non
     bench.avatar("r-1")
     identifier = bench.deliver(portrait("r-1", media), "completed")
     with process(bench, ARCHIVE_ALLOW_HTTP_HOSTS=media.address) as first:
-        assert media.half_sent.wait(20)
+        assert media.half_sent.wait(120)
         first.send_signal(signal.SIGKILL)
         first.wait(10)
     gate.set()
@@ -110,14 +111,15 @@ def test_sigterm_ends_in_good_order(bench: Lab, media: MediaHost) -> None:
     media.files = {"/lora.safetensors": File(b"x" * 1000, gate=gate), "/config.json": File(b"{}")}
     bench.avatar("r-1")
     identifier = bench.deliver(portrait("r-1", media), "completed")
-    with process(bench, ARCHIVE_ALLOW_HTTP_HOSTS=media.address, WORKER_STOP_SECONDS="2") as worker:
-        assert media.half_sent.wait(20)
-        started = time.monotonic()
+    changes = {"ARCHIVE_ALLOW_HTTP_HOSTS": media.address, "LEASE_SECONDS": "60", "WORKER_STOP_SECONDS": "8"}
+    with process(bench, **changes) as worker:
+        assert media.half_sent.wait(120)
         worker.terminate()
-        assert worker.wait(10) == 0
-        assert time.monotonic() - started < 4
+        assert worker.wait(40) == 0
     found = bench.delivery(identifier)
-    assert (found["state"], found["tries"], found["crashes"]) == ("pending", 0, 0)
+    assert (found["tries"], found["crashes"]) == (0, 0)
+    # By the attempt itself, or in its place when a busy machine gave it no time to.
+    assert found["state"] in {"pending", "retry"}
     gate.set()
     with process(bench, ARCHIVE_ALLOW_HTTP_HOSTS=media.address):
         bench.wait_state(identifier, "done")
@@ -128,15 +130,36 @@ def test_sigterm_lets_short_attempts_finish(bench: Lab) -> None:
     for number in range(60):
         bench.avatar(f"r-{number}", kind="style")
         identifiers.append(bench.deliver(style(f"r-{number}"), "completed"))
-    with process(bench) as worker:
+    with process(bench, LEASE_SECONDS="60", WORKER_STOP_SECONDS="30") as worker:
         wait_for(lambda: bench.entries(), "the first entry")
         worker.terminate()
-        assert worker.wait(10) == 0
+        assert worker.wait(60) == 0
     states = {bench.delivery(identifier)["state"] for identifier in identifiers}
     assert states <= {"pending", "done"}
     assert bench.connection.execute(
         "select count(*) from webhook.effects where state = 'failed'"
     ).fetchone() == (0,)
+
+
+def test_a_stop_gives_back_what_a_claim_leased_whose_answer_was_lost(
+    bench: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody works on it and nobody renews it, so its lease would run out and count as a crash."""
+    answered = queue.claim
+    with bench.worker(LEASE_SECONDS="600") as worker:
+
+        def lost(*arguments: Any, **options: Any) -> Any:
+            claims = answered(*arguments, **options)
+            if claims:
+                worker.stop()
+                raise psycopg.OperationalError("the answer is lost")
+            return claims
+
+        monkeypatch.setattr(queue, "claim", lost)
+        identifier = bench.deliver(style("r-1"), "completed")
+        wait_for(worker._ended.is_set, "the worker's end")
+    found = bench.delivery(identifier)
+    assert (found["state"], found["tries"], found["crashes"]) == ("retry", 0, 0)
 
 
 def test_redis_down_then_back(bench: Lab) -> None:
@@ -218,9 +241,9 @@ def test_database_lost_during_an_attempt(bench: Lab, media: MediaHost) -> None:
             "DATABASE_URL": through(bench.database_url, proxy),
             "ARCHIVE_ALLOW_HTTP_HOSTS": media.address,
         }
-        with bench.worker(LEASE_SECONDS="30", **changes) as worker:
+        with bench.worker(LEASE_SECONDS="600", **changes) as worker:
             identifier = bench.deliver(portrait("r-1", media), "completed")
-            assert media.half_sent.wait(20)
+            assert media.half_sent.wait(120)
             proxy.down()
             gate.set()
             wait_for(lambda: worker._active.orphans(), "the attempt's end without a record", 60)
@@ -236,12 +259,12 @@ def test_a_worker_that_was_taken_for_dead_writes_nothing(bench: Lab, media: Medi
     bench.avatar("r-1")
     with bench.worker(ARCHIVE_ALLOW_HTTP_HOSTS=media.address):
         identifier = bench.deliver(portrait("r-1", media), "completed")
-        assert media.half_sent.wait(20)
+        assert media.half_sent.wait(120)
         bench.connection.execute(
             "update webhook.deliveries set lease_owner = 'another', lease_until = now() + interval '1 h'"
         )
         # The heartbeat notices (a third of 5 s), and the download is given up.
-        wait_for(lambda: not _attempts(), "the attempt's end", 20)
+        wait_for(lambda: not _attempts(), "the attempt's end", 60)
     found = bench.delivery(identifier)
     assert (found["state"], found["lease_owner"]) == ("leased", "another")
     assert "archive" not in bench.effects(identifier)
@@ -255,10 +278,10 @@ def test_the_lease_is_asked_for_before_every_record(bench: Lab, media: MediaHost
     bench.avatar("r-1")
     with bench.worker(ARCHIVE_ALLOW_HTTP_HOSTS=media.address, LEASE_SECONDS="3600"):
         identifier = bench.deliver(portrait("r-1", media), "completed")
-        assert media.half_sent.wait(20)
+        assert media.half_sent.wait(120)
         bench.connection.execute("update webhook.deliveries set lease_owner = 'another'")
         gate.set()
-        wait_for(lambda: not _attempts(), "the attempt's end", 20)
+        wait_for(lambda: not _attempts(), "the attempt's end", 60)
     found = bench.delivery(identifier)
     assert (found["state"], found["lease_owner"]) == ("leased", "another")
     # Both were recorded before the download, when the lease was still held.
@@ -271,6 +294,11 @@ def claim(bench: Lab, owner: str, limit: int, seconds: float, **more: Any) -> li
     return queue.claim(bench.connection, owner, limit, seconds, force=True, **more) or []  # type: ignore[arg-type]
 
 
+def _all_stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").glob("*/stat")
+    return {task.read_text().rpartition(")")[2].split()[0] for task in tasks} == {"T"}
+
+
 def _attempts() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("delivery-")]
 
@@ -279,16 +307,16 @@ def test_leases_of_long_attempts_are_renewed(bench: Lab, media: MediaHost) -> No
     gate = threading.Event()
     media.files = {"/lora.safetensors": File(b"x" * 1000, gate=gate), "/config.json": File(b"{}")}
     bench.avatar("r-1")
-    changes = {"ARCHIVE_ALLOW_HTTP_HOSTS": media.address}
+    changes = {"ARCHIVE_ALLOW_HTTP_HOSTS": media.address, "LEASE_SECONDS": "12"}
     with bench.worker(**changes), bench.worker(INSTANCE_ID="second", **changes):
         identifier = bench.deliver(portrait("r-1", media), "completed")
-        assert media.half_sent.wait(20)
+        assert media.half_sent.wait(120)
         first = bench.delivery(identifier)["lease_until"]
         # Longer than a lease lasts: it is renewed twice, and nobody else takes the delivery.
         wait_for(
-            lambda: (bench.delivery(identifier)["lease_until"] - first).total_seconds() > 5,
+            lambda: (bench.delivery(identifier)["lease_until"] - first).total_seconds() > 12,
             "renewed leases",
-            30,
+            60,
         )
         gate.set()
         found = bench.wait_state(identifier, "done")
@@ -302,6 +330,7 @@ def test_the_heartbeat_stops_with_the_loop(bench: Lab) -> None:
         wait_for(heartbeat.exists, "a heartbeat")
         worker.send_signal(signal.SIGSTOP)
         try:
+            wait_for(lambda: _all_stopped(worker.pid), "all its threads have stopped")
             before = heartbeat.stat().st_mtime
             time.sleep(0.5)  # nothing may happen in it: there is no condition to wait for
             assert heartbeat.stat().st_mtime == before

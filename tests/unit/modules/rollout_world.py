@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,16 @@ from ansible.module_utils.rollout.signals import StopRequest
 
 PROJECT, COMPOSE = "wht", "docker-compose.webhook.prod.yml"
 HTTP, HTTPS = 80, 443
+BAD = "bad"
+"""A container that starts with such a secret crashes again and again."""
 PREFIX = "com.docker.compose."
+NGINX = """
+events {}
+http {
+    server { listen 80 reuseport; listen 443 ssl reuseport; }
+    server { listen unix:/tmp/edge.sock; }
+}
+"""
 
 
 class Killed(BaseException):
@@ -38,7 +48,11 @@ class World:
         self.site = site
         self.containers: list[dict[str, Any]] = []
         self.calls, self.fuse, self.broken, self.signal = 0, 0, 0, 0
-        self.guarded = False
+        self.guarded = self.dead = False
+        self.refused: set[str] = set()
+        """What is refused before a container is touched: pull, test (nginx's configuration), migrate."""
+        self.warnings: list[str] = []
+        self.options: dict[str, Any] = {}
         self.stop = StopRequest()
         self._serial = itertools.count(1)
         self.store = ReleaseStore(str(site))
@@ -48,6 +62,7 @@ class World:
     def release(self, name: str, edge: str, **more: dict[str, Any]) -> str:
         """Write a release; `more`: settings of a service, such as ``api_1={"crash": True}``."""
         image = f"registry/webhook-api@sha256:{name}"
+        mounted = more.pop("secrets", {})
         kinds = {"api-1": "api", "api-2": "api", "worker": "worker", "nginx": "edge"}
         compose: dict[str, Any] = {"services": {}}
         services = []
@@ -59,18 +74,26 @@ class World:
             compose["services"][name_] |= more.get(name_.replace("-", "_"), {})
             if kind != "edge":
                 compose["services"][name_]["container_name"] = f"{PROJECT}-{name_}"
+                compose["services"][name_]["secrets"] = list(mounted)
+                compose["services"][name_]["labels"] = label | {"org.aisha.secrets": json.dumps(mounted)}
+        place = self.site / "edge" / edge
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "nginx.conf").write_text(NGINX)
         rollout = {
-            "webhook_release": name, "project": PROJECT, "services": services, "edge": edge, "edge_path": "/e",
+            "webhook_release": name, "project": PROJECT, "services": services, "edge": edge, "edge_path": str(place),
             "certificate_directory": "/c", "ports": {"http": HTTP, "https": [HTTPS]}, "keepalive_seconds": 60,
         }  # fmt: skip
-        plan = plan_release([WantedFile(f"@release@/{COMPOSE}", json.dumps(compose))], {"webhook-api": image})
+        named = "".join(f"    file: {self.site}/secrets/{secret}\n" for secret in mounted)
+        text = f"{json.dumps(compose)}\n---\n{named}"
+        plan = plan_release([WantedFile(f"@release@/{COMPOSE}", text)], {"webhook-api": image})
         self.store.write(plan, {"webhook_release": name, "rollout": rollout}, 100, activate=False)
         return plan.id
 
-    def run(self, release: str, kind: str = "deploy") -> dict[str, Any]:
+    def run(self, release: str, kind: str = "deploy", *, settle: bool = True) -> dict[str, Any]:
         """A run of the module in a process of its own."""
         self.stop = StopRequest()
         self.stop.listen = lambda: None
+        self.dead, self.warnings = False, []
         settings = Settings(
             site_dir=self.site,
             kind=kind,
@@ -79,15 +102,24 @@ class World:
             gate_timeout=0.01,
             drain_seconds=0,
             wait=0,
+            settle=settle,
+            **self.options,
         )
-        rollout = Rollout(settings, self, self, stop=self.stop, sleep=lambda _seconds: None)
+        options = {"stop": self.stop, "sleep": lambda _seconds: None, "warn": self.warnings.append}
+        rollout = Rollout(settings, self, self, proc=self.site / "proc", **options)
         return rollout.run(rollout.load(release))
+
+    def foresee(self, release: str) -> dict[str, Any]:
+        """The module in check mode."""
+        rollout = Rollout(Settings(site_dir=self.site), self, self, proc=self.site / "proc")
+        return rollout.foresee(rollout.load(release), {})
 
     # What is looked at
 
     def of(self, service: str) -> list[dict[str, Any]]:
-        """Containers of a service."""
-        return [c for c in self.containers if c["Config"]["Labels"][PREFIX + "service"] == service]
+        """Containers of a service; one-off ones are none of them."""
+        labels = ((c, c["Config"]["Labels"]) for c in self.containers)
+        return [c for c, own in labels if own[PREFIX + "service"] == service and PREFIX + "oneoff" not in own]
 
     def serves(self) -> bool:
         """Whether a request is answered now: one nginx, and one instance that is healthy."""
@@ -100,6 +132,7 @@ class World:
             "containers": {c["Name"]: (c["Config"]["Image"], c["State"]["Status"]) for c in self.containers},
             "switches": sorted(p.name for p in (self.site / "state").glob("*")),
             "current": self.store.linked("current"),
+            "rehearsal": (self.site / "run" / "rehearsal").exists(),
             "in hand": (self.site / "run" / "deployment.json").exists(),
         }
 
@@ -110,12 +143,17 @@ class World:
             "containers": {f"/{s['container']}": (s["image"], "running") for s in services},
             "switches": [],
             "current": release,
+            "rehearsal": False,
             "in hand": False,
         }
 
+    def records(self) -> list[dict[str, Any]]:
+        """Deployment records, the oldest first."""
+        return list(DeployRecords(self.site).read())
+
     def result(self) -> str:
         """What the last record says."""
-        return str(DeployRecords(self.site).read()[-1]["result"])
+        return str(self.records()[-1]["result"])
 
     # The fuse
 
@@ -123,7 +161,8 @@ class World:
         """A moment at which anything may happen. Whether the call is to fail."""
         self.calls += 1
         assert not self.guarded or self.serves(), f"nobody serves at call {self.calls}"
-        if self.calls == self.fuse:
+        self.dead = self.dead or self.calls == self.fuse
+        if self.dead:  # whatever would still be done on the way out is not done
             raise Killed
         if self.calls == self.signal:
             self.stop._asked(15, None)
@@ -150,11 +189,12 @@ class World:
     def _do(self, arguments: list[str], options: dict[str, Any]) -> Result:
         if arguments[0] == "compose":
             return self._compose(arguments, options)
-        if arguments[0] in ("run", "ps"):
-            return Result(0, "", "")
-        found = next((c for c in self.containers if c["Id"] == arguments[-1]), None)
+        if arguments[0] in ("run", "ps", "pull"):
+            refused = {"run": "test", "pull": "pull"}.get(arguments[0]) in self.refused
+            return Result(int(refused), "", "it is refused" if refused else "")
+        found = self._found(arguments[-1])
         if arguments[0] == "rename":
-            found = next(c for c in self.containers if c["Id"] == arguments[1])
+            found = self._found(arguments[1])
             assert f"/{arguments[2]}" not in [c["Name"] for c in self.containers], "the name is taken"
             found["Name"] = f"/{arguments[2]}"
         elif found is None:
@@ -167,17 +207,23 @@ class World:
 
     def _compose(self, arguments: list[str], options: dict[str, Any]) -> Result:
         text = options.get("stdin") or Path(arguments[4]).read_text()
+        text = text.partition("\n---\n")[0]
         services = json.loads(text)["services"]
+        if "--name" in arguments:
+            return self._run(arguments, services)
         if arguments[-1] == "json":
             return Result(0, text, "")
         if "--hash" in arguments:
             return Result(0, "\n".join(f"{name} {_hash(service)}" for name, service in services.items()), "")
         if "run" in arguments:
-            return Result(0, "{}", "")
+            return Result(int("migrate" in self.refused), "{}", "")
         count = (
             int(arguments[arguments.index("--scale") + 1].partition("=")[2]) if "--scale" in arguments else 1
         )
         for name in [word for word in arguments[5:] if word in services]:
+            missing = [path for path in self._secrets(services[name]) if not path.exists()]
+            if missing:
+                return Result(1, "", f"bind source path does not exist: {missing[0]}")
             for container in self.of(name):
                 if container["State"]["Status"] == "exited":
                     self._start(container, services[name])
@@ -187,37 +233,71 @@ class World:
                 self._start(self.containers[-1], services[name])
         return Result(0, "", "")
 
+    def _run(self, arguments: list[str], services: dict[str, Any]) -> Result:
+        """A container beside the lasting ones: a service, and what a second Compose file says of it."""
+        name = arguments[-1]
+        more = json.loads(Path(arguments[6]).read_text())["services"][name]
+        labels = services[name]["labels"] | more["labels"] | {PREFIX + "oneoff": "True"}
+        called = arguments[arguments.index("--name") + 1]
+        self._create(name, services[name] | {"labels": labels, "container_name": called})
+        self.tick()
+        self._start(self.containers[-1], {**services[name], "crash": False})
+        self.containers[-1]["Listens"] = Path(more["volumes"][0]["source"], "nginx.conf").read_text()
+        return Result(0, called, "")
+
     def _create(self, name: str, service: dict[str, Any]) -> None:
         number = next(self._serial)
         labels = {PREFIX + "service": name, PREFIX + "config-hash": _hash(service), **service["labels"]}
         called = "/" + service.get("container_name", f"{PROJECT}-{name}-{number}")
         assert called not in [c["Name"] for c in self.containers], f"the name {called} is taken"
         config = {"Image": service["image"], "Labels": labels, "Says": service["says"]}
+        config["LeadsNowhere"] = service.get("leads_nowhere", False)
         self.containers.append(
             {"Id": f"{number:064x}", "Name": called, "Image": service["image"], "Config": config,
-             "RestartCount": 0, "State": {"Status": "created", "ExitCode": 0}}
+             "RestartCount": 0, "State": {"Status": "created", "ExitCode": 0},
+             "Mounts": [{"Type": "bind", "Source": str(path), "Destination": f"/run/secrets/{path.name}"}
+                        for path in self._secrets(service)]}
         )  # fmt: skip
 
+    def _secrets(self, service: dict[str, Any]) -> list[Path]:
+        return [self.site / "secrets" / name for name in service.get("secrets", [])]
+
     def _start(self, container: dict[str, Any], service: dict[str, Any]) -> None:
-        container["State"] = {"Status": "running", "ExitCode": 0, "Health": {"Status": "healthy"}, "Pid": 1}
-        if service.get("crash"):
+        pid = next(self._serial)
+        container["State"] = {"Status": "running", "ExitCode": 0, "Health": {"Status": "healthy"}, "Pid": pid}
+        seen = [self._mount(mount, pid) for mount in container["Mounts"]]
+        if service.get("crash") or any(text.startswith(BAD) for text in seen):
             times = {"StartedAt": "2026-11-23T00:00:00Z", "FinishedAt": "2026-11-23T00:00:01Z"}
             container["State"] = {"Status": "restarting", "ExitCode": 3, **times}
             container["RestartCount"] = 3
+
+    def _mount(self, mount: dict[str, Any], pid: int) -> str:
+        """A file that a container goes on seeing whatever takes its place. What is in it."""
+        inside = Path(f"{self.site}/proc/{pid}/root{mount['Destination']}")
+        inside.parent.mkdir(parents=True, exist_ok=True)
+        os.link(mount["Source"], inside)
+        return inside.read_text()
+
+    def restart(self, name: str) -> None:
+        """The engine or the host starts a container again: it sees what stands now."""
+        (container,) = self.of(name)
+        self._start(container, {})
 
     # The engine
 
     def inspect(self, name: str) -> dict[str, Any] | None:
         self._ask()
-        found = (c for c in self.containers if name in (c["Id"], c["Name"].lstrip("/")))
-        return json.loads(json.dumps(next(found, None)))
+        return json.loads(json.dumps(self._found(name)))
+
+    def _found(self, name: str) -> dict[str, Any] | None:
+        return next((c for c in self.containers if name in (c["Id"], c["Name"].lstrip("/"))), None)
 
     def project_containers(self, _project: str) -> list[dict[str, Any]]:
         self._ask()
         return json.loads(json.dumps(self.containers))
 
     def image_names(self, image: str) -> list[str]:
-        return [image]
+        return [] if "pull" in self.refused else [image]
 
     def info(self) -> dict[str, Any]:
         return {"LiveRestoreEnabled": True}
@@ -230,14 +310,25 @@ class World:
 
     def run_in(self, identity: str, command: list[str]) -> tuple[int, str, str]:
         self._ask()
-        found = next((c for c in self.containers if c["Id"] == identity), None)
+        found = self._found(identity)
         if found is None or found["State"]["Status"] != "running":
             raise EngineError("engine_error", "it does not run")
-        path = command[-1].removeprefix("http://edge")
+        marks = [part.partition("%{http_code}")[2] for part in command if "%{http_code}" in part]
+        urls = [part for part in command if part.startswith("http")]
+        return 0, "".join(f"{self._nginx(found, url)}{end}" for url, end in zip(urls, marks, strict=True)), ""
+
+    def _nginx(self, found: dict[str, Any], url: str) -> str:
+        """Answer of an nginx, and its status on a line of its own."""
+        path = "/" + url.split("/", 3)[3]
         if path == "/edge_alive":
-            return 0, f"{found['Config']['Labels']['org.aisha.edge']}\n200", ""
-        answer = self._health(self.of(path.split("/")[2]))
-        return 0, f"{answer.text}\n{answer.status or 502}", ""
+            return f"{found['Config']['Labels']['org.aisha.edge']}\n200"
+        if found["Config"]["LeadsNowhere"]:
+            return "bad gateway\n502"
+        if path.startswith("/api"):
+            return '{"error": "missing_credentials"}\n401'
+        one = path.startswith("/instance")
+        answer = self._health(self.of(path.split("/")[2]) if one else [*self.of("api-1"), *self.of("api-2")])
+        return f"{answer.text}\n{answer.status or 502}"
 
     def _ask(self) -> None:
         if self.tick():
@@ -264,7 +355,8 @@ class World:
 
 
 def _healthy(container: dict[str, Any]) -> bool:
-    return container["State"].get("Health", {}).get("Status") == "healthy"
+    """Whether it answers: when docker says so, or (`Answers`) before docker knows."""
+    return bool(container.get("Answers")) or container["State"].get("Health", {}).get("Status") == "healthy"
 
 
 def _hash(service: dict[str, Any]) -> str:

@@ -8,13 +8,17 @@ import pytest
 from ansible.module_utils.host_doctor import (
     CHECKS,
     STATUS_KINDS,
+    Doctor,
     Finding,
+    Site,
     from_service,
     from_status,
     lines,
     read_guide,
     with_guide,
 )
+from ansible.module_utils.host_observation import Host
+from ansible.module_utils.preflight import Engine
 from webhook_api.doctor import standard_checks
 
 REPO = Path(__file__).resolve().parents[3]
@@ -51,6 +55,18 @@ def test_kinds_of_the_status_are_known() -> None:
     assert kinds - {"engine"} == set(STATUS_KINDS)
 
 
+def test_what_a_rotation_has_kept_is_no_secret_that_is_empty_or_open(tmp_path: Path) -> None:
+    kept = tmp_path / "secrets/.before"
+    kept.mkdir(parents=True, mode=0o700)
+    (kept / "was-not-there").touch(mode=0o400)
+    (kept / "keys.txt").write_text("public")
+    doctor = Doctor(Site("wht", tmp_path, "wht-nginx"))
+    assert [f.what for f in doctor.examine(["secret-open"]) if f.verdict in ("fail", "warn")] == []
+    kept.chmod(0o755)
+    (found,) = doctor.examine(["secret-open"])
+    assert (found.verdict, found.what) == ("fail", f"{kept} may be entered by others (mode 0755)")
+
+
 def test_cause_and_remedy_come_from_the_guide() -> None:
     shown = with_guide(
         [Finding("disk-full", "fail", "/: 3 MB are free"), Finding("engine-old", "ok", "26")], GUIDE
@@ -63,12 +79,30 @@ def test_cause_and_remedy_come_from_the_guide() -> None:
     assert told[-1] == "1 ok, 1 fail"
 
 
+@pytest.mark.parametrize(("permitted", "verdict"), [(False, "skip"), (True, "fail")])
+def test_a_busy_engine_that_was_not_asked_is_no_engine_without_compose(
+    tmp_path: Path, permitted: bool, verdict: str
+) -> None:
+    class Busy(Host):
+        def engine(self) -> Engine:
+            return Engine(installed=True, permitted=permitted, version="26.1.5", running=permitted)
+
+    (finding,) = Doctor(Site("x", tmp_path, "x-nginx"), host=Busy(use_sudo=False)).examine(["engine-old"])
+    assert finding.verdict == verdict
+
+
 def test_other_doctors_are_heard() -> None:
     status = [
-        {"kind": "lock", "name": "d-1", "what": "is over"},
-        {"kind": "engine", "name": "e", "what": "x"},
+        {"kind": "lock", "name": "d-1", "what": "is over", "verdict": "warn"},
+        {"kind": "engine", "name": "e", "what": "x", "verdict": "warn"},
+        {"kind": "health", "name": "api-1", "what": "is running, starting", "verdict": "warn"},
+        {"kind": "certificate", "name": "c", "what": "ended", "verdict": "fail"},
     ]
-    assert from_status(status) == [Finding("site-lock", "warn", "d-1: is over")]
+    assert from_status(status) == [
+        Finding("site-lock", "warn", "d-1: is over"),
+        Finding("site-health", "warn", "api-1: is running, starting"),
+        Finding("site-certificate", "fail", "c: ended"),
+    ]
     said = '{"findings": [{"check": "object store", "verdict": "fail", "message": "away", "remedy": "start it"}]}'
     assert from_service(said) == [Finding("service-object-store", "fail", "away -> start it")]
     assert from_service("OCI runtime exec failed")[0].verdict == "fail"

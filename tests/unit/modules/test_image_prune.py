@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible.module_utils.docker_cli import Docker, Result
 from ansible.module_utils.image_prune import (
     CONTENT_LABEL,
@@ -23,6 +24,8 @@ from ansible.module_utils.image_prune import (
     registry_plan,
 )
 from ansible.module_utils.registry_api import RegistryError
+
+REPO = Path(__file__).resolve().parents[3]
 
 
 def digest(number: int) -> str:
@@ -234,6 +237,22 @@ def test_what_a_release_or_a_container_needs_is_not_touched() -> None:
     outcome = EnginePrune(docker, [f"r:5000/api@{digest(1)}"], 1, check=False).run(["r:5000/api"])
     assert [names[0] for names in removals] == [f"r:5000/api:{tag(3)}", f"r:5000/api:{tag(4)}"]
     assert outcome.faults == []
+
+
+def test_of_a_repository_that_is_used_no_more_only_what_is_needed_stays() -> None:
+    docker, removals = engine_of(IMAGES, in_use="sha256:2")
+    needed = [f"r:5000/api@{digest(1)}"]
+    EnginePrune(docker, needed, 3, check=False, retired=["r:5000/api"]).run(["r:5000/api"])
+    assert [names[0] for names in removals] == [f"r:5000/api:{tag(number)}" for number in (3, 4, 5)]
+
+
+def test_the_acme_clients_images_are_pruned_whether_it_is_on_or_off() -> None:
+    role = yaml.safe_load((REPO / "roles" / "prune" / "vars" / "main.yml").read_text())
+    assert role["__prune_repositories"] == "{{ [site_image_api, site_image_nginx, site_image_acme] }}"
+    (host, _, registry) = yaml.safe_load((REPO / "roles" / "prune" / "tasks" / "prune.yml").read_text())
+    assert host["image_prune"]["retired"] == "{{ __prune_retired }}"
+    # Other sites may share the registry.
+    assert "retired" not in registry["image_prune"]
 
 
 def test_what_somebody_has_named_stays_in_the_engine() -> None:

@@ -15,7 +15,7 @@ from ansible.module_utils.kernel_settings import (
     read_setting,
     write_setting,
 )
-from kernel_settings import ensure
+from kernel_settings import ensure, forget
 
 PORT = "net.ipv4.ip_unprivileged_port_start"
 MIGRATE = "net.ipv4.tcp_migrate_req"
@@ -67,7 +67,7 @@ def test_check_run_check_again_run_again(kernel: Path, tmp_path: Path) -> None:
     ran = ensure(WANTED, ["net.ipv6.conf.all.disable_ipv6"], file, check=False, root=kernel)
     assert ran["changed"]
     assert ran["values"] == {PORT: 80, MIGRATE: 1, "net.ipv6.conf.all.disable_ipv6": None}
-    assert file.read_text() == f"{HEADER}{PORT} = 80\n{MIGRATE} = 1\n"
+    assert file.read_text() == f"{HEADER}#{PORT} was 1024\n{PORT} = 80\n#{MIGRATE} was 0\n{MIGRATE} = 1\n"
     assert file.stat().st_mode & 0o777 == 0o644
     assert ran["diff"] == checked["diff"]
 
@@ -83,6 +83,35 @@ def test_after_a_reboot_without_sysctl_d_only_the_kernel_is_set_again(kernel: Pa
     assert again["changed"]
     assert again["diff"][1]["before"] == again["diff"][1]["after"]
     assert read_setting(kernel, PORT) == 80
+
+
+def test_the_kernel_gets_back_what_it_had(kernel: Path, tmp_path: Path) -> None:
+    file = tmp_path / "60-edge.conf"
+    ensure(WANTED, [], file, check=False, root=kernel)
+    ensure([Setting(PORT, 70, at_most=True)], [], file, check=False, root=kernel)
+    assert forget(file, check=True, root=kernel)["changed"]
+    assert read_setting(kernel, PORT) == 70
+    forget(file, check=False, root=kernel)
+    assert read_setting(kernel, PORT) == 1024
+    assert not file.exists()
+    assert not forget(file, check=False, root=kernel)["changed"]
+
+
+def test_what_somebody_has_changed_since_is_left_alone(kernel: Path, tmp_path: Path) -> None:
+    file = tmp_path / "60-edge.conf"
+    ensure(WANTED, [], file, check=False, root=kernel)
+    (kernel / "net/ipv4/ip_unprivileged_port_start").write_text("0\n")
+    forget(file, check=False, root=kernel)
+    assert (read_setting(kernel, PORT), read_setting(kernel, MIGRATE)) == (0, 0)
+
+
+def test_a_file_of_an_older_version_does_not_say_what_was(kernel: Path, tmp_path: Path) -> None:
+    file = tmp_path / "60-edge.conf"
+    file.write_text(f"{HEADER}{PORT} = 80\n")
+    (kernel / "net/ipv4/ip_unprivileged_port_start").write_text("80\n")
+    forget(file, check=False, root=kernel)
+    assert read_setting(kernel, PORT) == 80
+    assert not file.exists()
 
 
 def test_what_the_system_has_right_is_left_to_it(kernel: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from ansible.module_utils.compose_plan import Planned
 from ansible.module_utils.deploy_record import DeployRecords
 from ansible.module_utils.rollout.evidence import tell
 from ansible.module_utils.rollout.gates import Answer, Asking, Gate, health_fault
-from ansible.module_utils.rollout.instances import answered
 from ansible.module_utils.rollout.journal import Journal, only_one
 from ansible.module_utils.rollout.model import RolloutError, Settings, parse_release, unlike
 from ansible.module_utils.rollout.plan import make_rollout_plan, risks
@@ -24,39 +23,9 @@ from ansible.module_utils.rollout.sockets import established, family, sockets_of
 from ansible.module_utils.rollout.switch import Switches
 from ansible.module_utils.rollout.undo import plan_undo
 
-IMAGE = "127.0.0.1:5000/webhook-api@sha256:" + "1" * 64
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-def description(instances=2, webhook_release="s-new", edge="e-new"):
-    label = {"org.aisha.release": webhook_release}
-    api = [
-        {
-            "name": f"api-{number}",
-            "kind": "api",
-            "container": f"wht-api-{number}",
-            "image": IMAGE,
-            "label": label,
-            "port": 8000 + number,
-            "address": f"172.31.1.{10 + number}",
-        }
-        for number in range(1, instances + 1)
-    ]
-    worker = {"name": "worker", "kind": "worker", "container": "wht-worker", "image": IMAGE, "label": label}
-    nginx = {"name": "nginx", "kind": "edge", "container": "wht-nginx", "image": IMAGE}
-    return {
-        "webhook_release": webhook_release,
-        "project": "wht",
-        "services": [*api, worker, nginx | {"label": {"org.aisha.edge": edge}}],
-        "edge": edge,
-        "edge_path": f"/opt/wht/edge/{edge}",
-        "certificate_directory": "/opt/wht/ssl",
-        "ports": {"http": 80, "https": [443, 8443, 443]},
-        "migrate": True,
-    }
-
-
-def release(identity="r-000000000001", **options):
-    return parse_release(identity, Path("/opt/wht/releases") / identity, description(**options))
+from rollout_releases import IMAGE, description, release
 
 
 def planned(**actions):
@@ -125,6 +94,12 @@ def test_instances_come_first_then_the_worker_then_nginx():
 
 def test_an_instance_that_does_not_serve_is_replaced_before_one_that_does():
     plan = make(planned(api_1="replace", api_2="replace"), healthy=["api-1", "worker"])
+    assert [task.service.name for task in plan.instances] == ["api-2", "api-1"]
+
+
+def test_an_instance_that_is_out_of_use_is_replaced_before_one_that_is_in_use():
+    """The other way round, the one in use would wait for another one in use, and there is none."""
+    plan = make(planned(api_1="replace", api_2="replace"), out=["api-2"])
     assert [task.service.name for task in plan.instances] == ["api-2", "api-1"]
 
 
@@ -221,6 +196,12 @@ def test_a_service_that_the_release_before_did_not_have_is_removed():
     assert back.remove == ("api-3",)
 
 
+def test_services_with_other_secrets_are_replaced_last_whatever_their_hash_says():
+    back = plan_undo(release(), ["api-1", "worker"], planned(api_1="replace"), ["api-2", "api-1", "worker"])
+    assert [service.name for service in back.replace] == ["worker", "api-1", "api-2"]
+    assert back.keep == ()
+
+
 # Gates
 
 
@@ -303,18 +284,6 @@ def test_another_release_on_the_instances_own_port_is_final(monkeypatch):
     with pytest.raises(RolloutError, match="wht-api-1 is healthy, but it names release 's-old'") as caught:
         asking.instance(read.service("api-1"), read)
     assert caught.value.reason == "wrong_release"
-
-
-def test_requests_answered_are_counted_without_our_own():
-    metrics = """
-webhook_request_seconds_count{code="200",endpoint="status.health"} 900.0
-webhook_request_seconds_count{code="200",endpoint="intake.status_update"} 40.0
-webhook_request_seconds_count{code="401",endpoint="intake.status_update"} 2.0
-webhook_request_seconds_count{code="200",endpoint="status.show_metrics"} 3.0
-webhook_request_seconds_sum{code="200",endpoint="intake.status_update"} 7.0
-"""
-    assert answered(metrics) == 42
-    assert answered("# nothing") is None
 
 
 # Journal

@@ -142,3 +142,33 @@ def test_the_list_for_people_has_a_line_each(document) -> None:
     assert len(lines) == 6
     assert "pypi   flask" in lines[4]
     assert lines[4].endswith("BSD-3-Clause")
+
+
+def test_a_package_that_has_the_name_goes_before_those_that_only_provide_it() -> None:
+    status = """Package: awk-user
+Status: install ok installed
+Architecture: all
+Version: 1
+Depends: awk, mawk
+
+Package: mawk
+Status: install ok installed
+Architecture: all
+Version: 1
+Provides: awk
+
+Package: original
+Status: install ok installed
+Architecture: all
+Version: 1
+Provides: awk, mawk
+"""
+    system = sbom.os_release(OS_RELEASE)
+    packages = sbom.debian_packages(status, system)
+    for order in (packages, packages[::-1]):
+        refs = {package.name: package.ref for package in order}
+        graph = {
+            entry["ref"]: entry["dependsOn"]
+            for entry in sbom.document(SUBJECT, system, order)["dependencies"]
+        }
+        assert refs["mawk"] in graph[refs["awk-user"]]

@@ -321,8 +321,148 @@ def test_parameters_are_read_with_their_defaults() -> None:
     public = SecretSpec.from_params({"name": "j", "derive": {"kind": "jwks", "from": "a"}})
     assert public.mode == 0o444
     assert SecretSpec.from_params({"name": "c", "derive": {"kind": "copy", "from": "a"}}).mode == 0o400
+    assert (made.keep, made.retire) == (False, False)
+    assert SecretSpec.from_params({"name": "c", "value": "x", "keep": True, "retire": True}).keep
 
 
 def test_the_version_key_is_for_root_alone(tmp_path: Path) -> None:
     run(tmp_path / "s", spec("a", value="x"))
     assert mode(tmp_path / "s" / secret_files.VERSION_KEY) == 0o400
+
+
+# -- what is kept until a release has proven what replaced it
+
+CURRENT = "r-000000000001"
+
+
+def rotate(path: Path, *specs: SecretSpec, release: str = CURRENT) -> SecretFiles:
+    files = SecretFiles(path, specs, release=release)
+    if files.plan():
+        files.apply()
+    return files
+
+
+def test_a_replaced_secret_is_kept_as_it_was_while_a_release_serves_with_it(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("api/a", value="old", keep=True))
+    before = (tmp_path / "s/api/a").stat().st_ino
+    files = rotate(tmp_path / "s", spec("api/a", value="new", keep=True))
+    assert (tmp_path / "s/api/a").read_text() == "new"
+    assert (tmp_path / "s/.before/api/a").stat().st_ino == before
+    assert files.kept() == ["api/a"]
+    rotate(tmp_path / "s", spec("api/a", value="newer", keep=True))
+    assert (tmp_path / "s/.before/api/a").read_text() == "old", "what `current` was proven with"
+
+
+def test_only_what_is_asked_for_is_kept_and_nothing_where_no_release_serves(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("a", value="old"), spec("b", value="old", keep=True))
+    files = rotate(tmp_path / "s", spec("a", value="new"), spec("b", value="old", keep=True))
+    assert files.kept() == []
+    files = rotate(tmp_path / "s", spec("a", value="new"), spec("b", value="new", keep=True), release="")
+    assert files.kept() == []
+    assert not (tmp_path / "s/.before").exists()
+
+
+def test_a_new_owner_or_mode_is_no_rotation(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("a", value="x", keep=True))
+    (tmp_path / "s/a").chmod(0o600)
+    assert rotate(tmp_path / "s", spec("a", value="x", keep=True)).actions() == {"a": ["mode"]}
+    assert not (tmp_path / "s/.before").exists()
+
+
+def test_that_a_secret_is_new_is_kept_as_well(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("a", value="x", keep=True))
+    files = rotate(tmp_path / "s", spec("a", value="x", keep=True), spec("b", value="y", keep=True))
+    assert files.kept() == ["b"]
+    assert (tmp_path / "s/.before/b").stat().st_size == 0
+
+
+def test_a_second_run_and_check_mode_keep_nothing_anew_and_say_the_same(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("a", value="old", keep=True))
+    wanted = spec("a", value="new", keep=True)
+    asked = SecretFiles(tmp_path / "s", [wanted], release=CURRENT)
+    assert asked.plan()
+    assert asked.kept() == ["a"]
+    assert not (tmp_path / "s/.before").exists()
+    done = rotate(tmp_path / "s", wanted)
+    assert (done.kept(), done.actions()) == (asked.kept(), asked.actions())
+    before = {path: path.lstat().st_ino for path in (tmp_path / "s").rglob("*")}
+    second = SecretFiles(tmp_path / "s", [wanted], release=CURRENT)
+    assert second.plan() is False
+    assert second.kept() == ["a"]
+    assert {path: path.lstat().st_ino for path in (tmp_path / "s").rglob("*")} == before
+
+
+def test_the_value_of_before_given_again_is_the_file_of_before(tmp_path: Path) -> None:
+    """Whoever takes a rotation back before it was rolled out leaves nothing to roll out."""
+    run(tmp_path / "s", spec("a", value="old", keep=True))
+    before = (tmp_path / "s/a").stat().st_ino
+    rotate(tmp_path / "s", spec("a", value="new", keep=True))
+    files = rotate(tmp_path / "s", spec("a", value="old", keep=True))
+    assert files.actions() == {"a": ["replace"]}
+    assert (tmp_path / "s/a").stat().st_ino == before
+    assert files.kept() == []
+    assert not (tmp_path / "s/.before").exists()
+
+
+def test_a_kept_file_that_belongs_to_somebody_else_now_is_not_taken(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("a", value="old", keep=True, mode=0o440))
+    rotate(tmp_path / "s", spec("a", value="new", keep=True, mode=0o440))
+    rotate(tmp_path / "s", spec("a", value="old", keep=True))
+    assert mode(tmp_path / "s/a") == 0o400
+    assert mode(tmp_path / "s/.before/a") == 0o440
+
+
+def test_a_failed_write_keeps_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path / "s", spec("a", value="old", keep=True))
+    files = SecretFiles(tmp_path / "s", [spec("a", value="new-and-hidden", keep=True)], release=CURRENT)
+    files.plan()
+    monkeypatch.setattr(os, "link", lambda *a, **k: (_ for _ in ()).throw(OSError(1, "not permitted")))
+    with pytest.raises(SecretError, match="not permitted") as caught:
+        files.apply()
+    assert caught.value.reason == "unwritable"
+    assert (tmp_path / "s/a").read_text() == "old", "nothing is replaced that could not be kept"
+
+
+# -- what is no longer wanted
+
+
+def test_a_retired_secret_is_worthless_and_its_file_stands(tmp_path: Path) -> None:
+    """Kept releases mount the file: it stays, and lets nobody in."""
+    run(tmp_path / "s", spec("a", value="x"), spec("b", value="old-secret", retire=True))
+    files = run(tmp_path / "s", spec("a", value="x"), spec("b", retire=True))
+    text = (tmp_path / "s/b").read_text()
+    assert text.startswith("retired-")
+    assert len(text) >= 40
+    assert files.actions() == {"b": ["retire"]}
+    assert files.values() == {"a": "x"}
+    assert files.versions().keys() == {"a"}
+    again = SecretFiles(tmp_path / "s", [spec("a", value="x"), spec("b", retire=True)])
+    assert again.plan() is False
+    assert (tmp_path / "s/b").read_text() == text
+
+
+def test_where_no_file_stands_nothing_is_retired(tmp_path: Path) -> None:
+    files = run(tmp_path / "s", spec("a", value="x"), spec("b", retire=True))
+    assert files.actions() == {"a": ["create"]}
+    assert not (tmp_path / "s/b").exists()
+
+
+def test_a_given_value_wins_over_retiring(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("b", value="x", retire=True))
+    run(tmp_path / "s", spec("b", retire=True))
+    assert run(tmp_path / "s", spec("b", value="y", retire=True)).values() == {"b": "y"}
+
+
+def test_what_is_retired_is_kept_until_that_is_proven(tmp_path: Path) -> None:
+    run(tmp_path / "s", spec("b", value="old-secret", retire=True, keep=True))
+    files = rotate(tmp_path / "s", spec("b", retire=True, keep=True))
+    assert files.kept() == ["b"]
+    assert (tmp_path / "s/.before/b").read_text() == "old-secret"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"generate": "password", "length": 32}, {"derive": "copy", "derive_from": "a"}]
+)
+def test_only_a_given_secret_can_be_retired(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (fault,) = spec_faults([spec("a", value="x"), spec("b", retire=True, **changes)])
+    assert "can't be retired" in fault

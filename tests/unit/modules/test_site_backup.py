@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+import yaml
+from ansible.module_utils.kept_secrets import KeptSecrets
 from ansible.module_utils.site_backup import (
     PARTIAL,
     Backups,
@@ -181,3 +183,29 @@ def test_a_part_that_fails_writes_no_note(tmp_path: Path) -> None:
         backups.write(at(1), "one", "one.bin", lambda meter: run_into(["false"], meter, 30))
     done = backups.finish(at(1), {}, 7)
     assert json.loads((Path(done["path"]) / "manifest.json").read_text())["parts"] == []
+
+
+def test_a_command_that_fails_is_named_without_the_script_in_it() -> None:
+    script = "exit 3\n" + "-- a long script\n" * 50
+    with pytest.raises(SiteBackupError, match="ended with 3") as failure:
+        run_from(["bash", "-c", script, "restore"], io.BytesIO(b""), 10)
+    assert str(failure.value).startswith("`bash -c exit 3 restore` ended")
+
+
+def test_a_rotation_that_is_not_proven_is_in_the_sealed_part_alone_and_comes_back_with_it(
+    tmp_path: Path,
+) -> None:
+    variables = Path(__file__).resolve().parents[3] / "roles/backup/vars/main.yml"
+    paths = yaml.safe_load(variables.read_text())
+    assert "secrets" in paths["backup_sealed_paths"]
+    assert "secrets" not in paths["backup_plain_paths"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "secrets/api").mkdir(parents=True)
+    (here / "secrets/api/key").write_text("old")
+    KeptSecrets(here / "secrets").keep("api/key", "r-000000000001")
+    sealed = collect(here, paths["backup_sealed_paths"])
+    there.mkdir()
+    untar_files(io.BytesIO(sealed), there, paths["backup_sealed_paths"])
+    kept = KeptSecrets(there / "secrets")
+    assert (kept.release(), kept.names()) == ("r-000000000001", ["api/key"])
+    assert (there / "secrets/.before").stat().st_mode & 0o777 == 0o700

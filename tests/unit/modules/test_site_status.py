@@ -9,6 +9,7 @@ import pytest
 from ansible.module_utils import site_status
 from ansible.module_utils.deploy_lock import DeployLock
 from ansible.module_utils.deploy_record import DeployRecords
+from ansible.module_utils.kept_secrets import KeptSecrets
 from ansible.module_utils.release import ReleaseStore, WantedFile, plan_release
 from ansible.module_utils.site_status import Bounds, SiteStatus
 from ansible.module_utils.site_status_text import lines
@@ -154,6 +155,14 @@ def test_containers_that_are_missing_ill_or_of_another_release_are_named(site):
     assert [service["status"] for service in site.look()["services"]] == ["missing", "missing"]
 
 
+def test_a_container_that_has_just_started_is_a_warning_and_no_fault(site):
+    site.containers[0]["State"]["Health"] = {"Status": "starting", "Log": []}
+    (finding,) = site.look()["findings"]
+    assert (finding["kind"], finding["verdict"]) == ("health", "warn")
+    site.containers[0]["State"] = {**site.containers[0]["State"], "Status": "exited"}
+    assert site.look()["findings"][0]["verdict"] == "fail"
+
+
 def test_embedded_backends_are_looked_at_as_well(site):
     site.embedded = [site.container("p-postgres", "postgres", "i", {})]
     assert site.look()["embedded"][0]["container"] == "p-postgres"
@@ -180,6 +189,26 @@ def test_a_secret_that_was_replaced_since_a_container_started_is_named(site):
     assert site.found() == [("file", str(outside))]
     outside.unlink()
     assert site.found() == [("file", str(outside))]
+
+
+def test_a_rotation_that_was_put_back_leaves_no_drift(site):
+    """Containers that were not touched have the very file that stands again."""
+    key, inside = site.root / "secrets/api/key", site.root / "inside"
+    key.parent.mkdir(parents=True)
+    key.write_text("old")
+    os.link(key, inside)
+    site.containers[0]["Mounts"] = [
+        {"Type": "bind", "Source": str(key), "Destination": str(inside)},
+    ]
+    kept = KeptSecrets(site.root / "secrets")
+    kept.keep("api/key", site.release.name)
+    (site.root / "new").write_text("new")
+    os.rename(site.root / "new", key)
+    assert site.found() == [("file", str(key))], (
+        "it says that the container has the old one, and nothing else"
+    )
+    kept.put_back()
+    assert site.found() == []
 
 
 def test_leftovers_of_a_run_that_died_are_named_and_those_of_one_at_work_are_not(site):
@@ -216,6 +245,27 @@ def test_a_certificate_that_ends_soon_or_is_not_the_one_that_is_served_is_named(
     assert site.found() == [("certificate", "port 443")]
     (site.root / "ssl/fullchain.pem").write_text("nonsense")
     assert site.found() == [("certificate", f"{site.root}/ssl/fullchain.pem")]
+
+
+@pytest.mark.parametrize(
+    ("days", "verdict", "word"),
+    [
+        (22, None, ""),
+        (20, "warn", "ends in"),
+        (7, "warn", "ends in"),
+        (6, "fail", "ends in"),
+        (-1, "fail", "ended at"),
+    ],
+)
+def test_a_certificate_is_alarmed_before_and_after_its_end(site, days, verdict, word):
+    ends = NOW + timedelta(days=days, hours=1)
+    site.served = certificate(NOW - timedelta(days=100), ends)
+    (site.root / "ssl/fullchain.pem").write_text(site.served)
+    found = site.look()["findings"]
+    assert [(entry["kind"], entry["verdict"]) for entry in found] == (
+        [("certificate", verdict)] if verdict else []
+    )
+    assert all(word in entry["what"] for entry in found)
 
 
 def test_too_little_room_is_named(site):

@@ -125,6 +125,7 @@ def test_no_secret_stands_in_compose_file_or_environment() -> None:
 
 ALL_SECRETS = SECRETS | {
     "FAL_WEBHOOK_SECRET": "api/fal_webhook_secret",
+    "FAL_WEBHOOK_SECRET_PREVIOUS": "api/fal_webhook_secret_previous",
     "SOURCE_REPLICATE": "api/source_replicate",
     "FORWARD_SECRET": "api/forward_secret",
     "TELEGRAM_BOT_TOKEN": "api/telegram_bot_token",
@@ -136,7 +137,7 @@ ALL_SECRETS = SECRETS | {
     ("service", "not_its"),
     [
         ("api-1", {"FORWARD_SECRET", "TELEGRAM_BOT_TOKEN", "FAL_API_KEY"}),
-        ("worker", {"FAL_WEBHOOK_SECRET", "SOURCE_REPLICATE", "FAL_JWKS"}),
+        ("worker", {"FAL_WEBHOOK_SECRET", "FAL_WEBHOOK_SECRET_PREVIOUS", "SOURCE_REPLICATE", "FAL_JWKS"}),
         ("migrate", set(ALL_SECRETS) - {"DATABASE_PASSWORD"}),
     ],
 )

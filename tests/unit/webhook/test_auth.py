@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from nacl.signing import SigningKey
+from webhook_api import metrics
 from webhook_api.auth import Authenticator, AuthError, FalVerifier, KeyStore, SecretVerifier
 from webhook_api.auth import keys as keys_module
 from webhook_api.auth.keys import KeySourceError, parse_jwks
@@ -334,6 +335,56 @@ def test_without_a_configured_secret_all_are_refused(verifier: FalVerifier) -> N
                 auth_reason(authenticator(verifier, secret), {"X-Webhook-Secret": given})
                 == "secret_not_configured"
             )
+
+
+PREVIOUS = "the-secret-of-before"
+
+
+def test_while_a_secret_is_replaced_the_one_of_before_is_accepted_as_well(verifier: FalVerifier) -> None:
+    auth = Authenticator(fal=verifier, manual=SecretVerifier(SECRET, PREVIOUS))
+    for good in (SECRET, PREVIOUS):
+        assert auth.verify(auth.claims({"X-Webhook-Secret": good}), BODY).source == "manual"
+    for wrong in ("", PREVIOUS[:-1], PREVIOUS + "x", SECRET + PREVIOUS, f"{SECRET} {PREVIOUS}", "ü"):
+        assert auth_reason(auth, {"X-Webhook-Secret": wrong}) == "bad_secret"
+    assert auth_reason(authenticator(verifier), {"X-Webhook-Secret": PREVIOUS}) == "bad_secret"
+
+
+def test_both_secrets_are_compared_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long it takes says nothing about which of the two was nearly right."""
+    compared: list[bytes] = []
+
+    def digest(given: bytes, secret: bytes) -> bool:
+        compared.append(secret)
+        return given == secret
+
+    monkeypatch.setattr("webhook_api.auth.secret.hmac.compare_digest", digest)
+    both = SecretVerifier(SECRET, PREVIOUS)
+    for given in (SECRET, PREVIOUS):
+        both.claims({"X-Webhook-Secret": given})
+    with pytest.raises(AuthError):
+        both.claims({"X-Webhook-Secret": "wrong"})
+    assert compared == [SECRET.encode(), PREVIOUS.encode()] * 3
+
+
+def test_a_previous_secret_alone_lets_nobody_in() -> None:
+    for given in (PREVIOUS, ""):
+        with pytest.raises(AuthError) as caught:
+            SecretVerifier(None, PREVIOUS).claims({"X-Webhook-Secret": given})
+        assert caught.value.reason == "secret_not_configured"
+
+
+def test_calls_with_the_previous_secret_are_counted() -> None:
+    """When the number stands still, every caller has the new one."""
+    both = SecretVerifier(SECRET, PREVIOUS)
+
+    def count() -> float:
+        return metrics.REGISTRY.get_sample_value("webhook_previous_secret_total") or 0.0
+
+    before = count()
+    both.claims({"X-Webhook-Secret": SECRET})
+    assert count() == before
+    both.claims({"X-Webhook-Secret": PREVIOUS})
+    assert count() == before + 1
 
 
 def test_nothing_falls_back(verifier: FalVerifier, key: SigningKey) -> None:

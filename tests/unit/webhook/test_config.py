@@ -16,6 +16,7 @@ from webhook_api.config import (
     Need,
     load_settings,
 )
+from webhook_api.doctor.local import settings_in_force
 
 GOOD = {
     "DATABASE_URL": "postgresql://aisha_webhook:pw@postgres:5432/aisha",
@@ -73,6 +74,38 @@ def test_every_name_may_come_from_a_file(tmp_path: Path) -> None:
     assert settings.fal_webhook_secret == "a-secret-of-a-file"
     assert settings.redis_password == "a-secret-of-a-file"
     assert conninfo_to_dict(settings.database_url)["password"] == "p@ss/word with ' odd"
+
+
+def test_the_secret_of_before_is_held_to_the_same_rules(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("the-secret-of-before\n")
+    assert load_settings(GOOD).fal_webhook_secret_previous is None
+    settings = load_settings({**GOOD, "FAL_WEBHOOK_SECRET_PREVIOUS_FILE": str(secret)})
+    assert settings.fal_webhook_secret_previous == "the-secret-of-before"
+    assert "the-secret-of-before" not in repr(settings)
+    assert "FAL_WEBHOOK_SECRET_PREVIOUS has 5 characters" in faults(FAL_WEBHOOK_SECRET_PREVIOUS="short")
+    spaced = faults(FAL_WEBHOOK_SECRET_PREVIOUS="has spaces in it, so no header")
+    assert spaced.startswith("FAL_WEBHOOK_SECRET_PREVIOUS must be printable ASCII")
+    alone = faults(FAL_WEBHOOK_SECRET="", FAL_WEBHOOK_SECRET_PREVIOUS="the-secret-of-before")
+    assert "FAL_WEBHOOK_SECRET_PREVIOUS is set, but FAL_WEBHOOK_SECRET is not" in alone
+    once = faults(
+        FAL_WEBHOOK_SECRET="", FAL_WEBHOOK_SECRET_FILE="/none", FAL_WEBHOOK_SECRET_PREVIOUS="the-one-before"
+    )
+    assert once.count("/none") == 1
+    assert load_settings({**GOOD, "FAL_WEBHOOK_SECRET_PREVIOUS": "short"}, NEEDS_WORKER)
+
+
+def test_the_doctor_reminds_of_a_secret_that_is_being_replaced() -> None:
+    def told(**changes: str) -> str:
+        return " ".join(
+            f"{found.verdict}: {found.message}"
+            for found in settings_in_force(load_settings({**GOOD, **changes}))
+        )
+
+    assert "PREVIOUS" not in told()
+    assert "warn: FAL_WEBHOOK_SECRET_PREVIOUS is set" in told(
+        FAL_WEBHOOK_SECRET_PREVIOUS="the-secret-of-before"
+    )
 
 
 def test_a_secret_file_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:

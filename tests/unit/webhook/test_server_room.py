@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from webhook_api import metrics
 from webhook_api.server.connection import Connection, Phase
 from webhook_api.server.worker import ACCEPTS, EventWorker
 
@@ -125,3 +128,67 @@ def test_a_turn_takes_many_connections_unless_they_are_shared(
         house.client()
     house.accept()
     assert len(house.worker.connections) == taken
+
+
+class Slowly:
+    """The quick way: takes every delivery, and answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+        self.done: list[Any] = []
+
+    def gate(self, *_: Any) -> int:
+        return 1000
+
+    def take(self, request: Any, _keep_alive: bool, ticket: Any) -> bool:
+        if not request.target.startswith("/api"):
+            return False
+        self.taken.append(ticket)
+        return True
+
+    def flush(self) -> None:
+        pass
+
+    def finished(self) -> list[Any]:
+        done, self.done = self.done, []
+        return [(ticket, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n") for ticket in done]
+
+
+def turning(house: House, quick: Slowly) -> None:
+    """Give the worker what a turn of its loop needs."""
+    worker = house.worker
+    worker.quick, worker.alive, worker.held, worker.at_work, worker.underway = quick, True, 0, 0, 0
+    worker.done, worker.PIPE, worker.bell = deque(), [-1], -2
+    worker.threads = worker.page_threads = SimpleNamespace(submit=lambda *_: None)
+    worker.cfg.threads = 4
+    worker.listeners = {}
+
+
+def underway() -> float:
+    found = re.search(rb"^webhook_deliveries_in_progress ([0-9.]+)$", metrics.render(), re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def test_deliveries_in_progress_are_counted_until_they_are_answered_and_pages_are_none(
+    stack: ExitStack,
+) -> None:
+    house, quick = House(stack, room=9), Slowly()
+    clients = [house.client() for _ in range(3)]
+    turning(house, quick)
+    worker = house.worker
+    quickly, ordinary, page = house.held(*clients)
+    clients[0].sendall(REQUEST)
+    clients[1].sendall(REQUEST.replace(b"/api/v1/avatar/status_update", b"/other"))
+    clients[2].sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    for connection in (quickly, ordinary, page):
+        arrived(connection)
+    worker._turn(0)
+    assert underway() == 2
+    worker.done.append((ordinary, ordinary.current, b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"))
+    worker._turn(0)
+    assert underway() == 1
+    quick.done = quick.taken
+    worker.done.append((page, page.current, b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
+    worker._turn(0)
+    assert underway() == 0

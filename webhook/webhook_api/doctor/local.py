@@ -27,6 +27,9 @@ def settings_in_force(settings: Settings) -> Iterator[Finding]:
     if settings.fal_webhook_secret is None:
         yield warn("settings", "no FAL_WEBHOOK_SECRET: the bot's own and manual calls are refused",
                    "set it, unless nothing but fal delivers here")  # fmt: skip
+    if settings.fal_webhook_secret_previous is not None:
+        yield warn("settings", "FAL_WEBHOOK_SECRET_PREVIOUS is set: two secrets are accepted",
+                   "take it away when every caller has the new one (docs/rotation.md)")  # fmt: skip
     if not settings.production:
         yield warn("settings", f"ENVIRONMENT is {settings.environment}: some strict rules do not hold",
                    "set it to production where real deliveries arrive")  # fmt: skip

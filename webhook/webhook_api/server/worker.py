@@ -22,6 +22,7 @@ from typing import Any, Final, Protocol
 
 from gunicorn.workers.base import Worker
 
+from webhook_api.metrics import IN_PROGRESS
 from webhook_api.server import answers, wsgi
 from webhook_api.server.connection import RECEIVE, WRITE_SECONDS, Connection, Phase
 from webhook_api.server.request import Fault, Gate, Request
@@ -80,6 +81,7 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
         # Pages are apart, so that nothing that deliveries do can keep /health waiting.
         self.page_threads = ThreadPoolExecutor(PAGE_THREADS, thread_name_prefix="page")
         self.at_work = 0
+        self.underway = 0
         self.held = 0
         self.stopping_at: float | None = None
         super().init_process()
@@ -116,6 +118,7 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
         self._close_all()
 
     def _turn(self, timeout: float) -> None:
+        underway = self.underway
         for fd, mask in self.poll.poll(timeout):
             connection = self.connections.get(fd)
             if connection is not None:
@@ -133,6 +136,8 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
                     os.read(fd, 4096)
         self._send_done()
         self.quick.flush()
+        if self.underway != underway:
+            IN_PROGRESS.set(self.underway)
 
     def _finished(self) -> bool:
         if self.alive:
@@ -300,12 +305,14 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
         if not request.refused:
             taken = self.quick.take(request, keep_alive, connection)
             if taken is True:
+                self.underway += 1
                 return False
             if taken is not False:
                 return self._answer(connection, taken)
         if self.at_work >= self.cfg.threads + QUEUE:
             return self._answer(connection, self._busy(request, keep_alive))
         self.at_work += 1
+        self.underway += request.method == "POST"
         self.held += len(request.body)
         threads = self.threads if request.method == "POST" else self.page_threads
         threads.submit(self._work, connection, request, keep_alive)
@@ -332,10 +339,12 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
 
     def _send_done(self) -> None:
         for ticket, payload in self.quick.finished():
+            self.underway -= 1
             self._finish(ticket, payload)
         while self.done:
             connection, request, payload = self.done.popleft()
             self.at_work -= 1
+            self.underway -= request.method == "POST"
             self.held -= len(request.body)
             self._finish(connection, payload)
 

@@ -232,9 +232,7 @@ class Worker:
     def _tidy(self, connection: Connection) -> None:
         """Give back what was left without a verdict, and take back what other workers left."""
         away = "the database went away during the attempt"
-        if self._unanswered is not None:
-            queue.abandon(connection, self._unanswered, away)
-            self._unanswered = None
+        self._abandon(connection, away)
         orphans = self._active.orphans()
         if orphans:
             self._active.adopt(queue.release(connection, orphans, away))
@@ -249,6 +247,12 @@ class Worker:
                 metrics.DEAD.inc()
             log.error("lease_expired", extra=gone)
         self._expired_at = time.monotonic()
+
+    def _abandon(self, connection: Connection, why: str) -> None:
+        """Give back what the last claim may have leased, if its answer never came."""
+        if self._unanswered is not None:
+            queue.abandon(connection, self._unanswered, why)
+            self._unanswered = None
 
     def _claim(self, connection: Connection, limit: int) -> int | None:
         """How many were claimed, and started; None while it is another worker's turn."""
@@ -406,15 +410,20 @@ class Worker:
         self._wait_idle(seconds / 2)
         self._aborting.set()
         self._wait_idle(seconds / 4)
+        self._give_back(time.monotonic() + seconds / 4)
+
+    def _give_back(self, ends: float) -> None:
+        """Give back every lease, so that none of them has to run out: that would count as a crash."""
+        why = "the worker was stopped during the attempt"
         left = frozenset(self._active.owners() + self._active.orphans())
-        ends = time.monotonic() + seconds / 4
-        while left and time.monotonic() < ends:
+        while (left or self._unanswered is not None) and time.monotonic() < ends:
             try:
                 with self._database.borrow(max(0.1, ends - time.monotonic())) as connection:
-                    left -= queue.release(connection, list(left), "the worker was stopped during the attempt")
+                    self._abandon(connection, why)
+                    left -= queue.release(connection, list(left), why)
             except (DatabaseUnavailable, psycopg.Error) as error:
                 log.warning("release_failed", extra={"error": str(error)[:300]})
-            if left:
+            if left or self._unanswered is not None:
                 time.sleep(_SHORTEST_SLEEP)
         log.info("leases_released", extra={"left": len(left)})
 
