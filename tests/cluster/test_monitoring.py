@@ -256,14 +256,16 @@ def test_refusals_that_rise(quiet: Watched) -> None:
 
 
 def test_a_delivery_that_waits_too_long(quiet: Watched) -> None:
-    docker("stop", f"{NAME}-redis")
+    docker("stop", f"{NAME}-worker")
     try:
         assert quiet.deliver().status_code == 200
-        quiet.wait("WebhookDeliveriesTooOld", "firing", quiet.mark, state="retry")
+        quiet.wait("WebhookInstanceDown", "firing", quiet.mark, instance="worker")
+        quiet.wait("WebhookDeliveriesTooOld", "firing", quiet.mark, state="pending")
+        since = len(quiet.server.asked)
     finally:
-        docker("start", f"{NAME}-redis")
-    since = len(quiet.server.asked)
-    quiet.wait("WebhookDeliveriesTooOld", "resolved", since, state="retry")
+        docker("start", f"{NAME}-worker")
+    quiet.wait("WebhookDeliveriesTooOld", "resolved", since, state="pending")
+    quiet.wait("WebhookInstanceDown", "resolved", since, instance="worker")
 
 
 def test_postgresql_away_the_spool_and_a_spool_that_is_full(quiet: Watched) -> None:
