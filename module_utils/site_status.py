@@ -34,7 +34,7 @@ STATE, SERVICE_LABEL = "state", "com.docker.compose.service"
 ONEOFF_LABEL = "com.docker.compose.oneoff"
 LEFT_BEHIND = (".down", ".draining")
 #: Compose projects beside the service's own, by the end of their names.
-EMBEDDED = ("registry", "backends")
+EMBEDDED = ("registry", "backends", "monitoring")
 #: Kinds of findings that keep deliveries from being taken or processed.
 FAILING = frozenset({"release", "container", "health", "nginx", "secret", "instance", "switch"})
 #: Seconds that an instance has to answer.
@@ -225,7 +225,7 @@ class SiteStatus:
         }
 
     def _embedded(self, release: Release) -> list[dict[str, Any]]:
-        """Registry and backends of the project's own, where they are on this host."""
+        """Registry, backends and monitoring of the project's own, where they are on this host."""
         shown = []
         for part in EMBEDDED:
             with suppress(EngineError):  # said by the look at the service's containers

@@ -31,6 +31,7 @@ ORDER = [
     "rollout",
     "records",
     "verify",
+    "monitoring",
     "rollback",
     "prune",
     "backup",

@@ -92,6 +92,18 @@ class TelegramSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class NoticeSettings:
+    """Who hears of dead letters and stuck deliveries: a webhook at ``place``, Telegram's chat, or both."""
+
+    place: Place | None
+    keys: tuple[bytes, ...] = field(repr=False)
+    telegram: bool
+    stuck_seconds: int
+    settle_seconds: int
+    every_seconds: int
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings, checked. Secrets are left out of ``repr``. Durations are seconds, sizes are bytes."""
 
@@ -175,6 +187,10 @@ class Settings:
     otlp_headers: Mapping[str, str] | None = field(default=None, repr=False)
     telegram: TelegramSettings | None = None
     """``None``: no messages (or the command has no need of it)."""
+    notices: NoticeSettings | None = None
+    """``None``: nobody hears of incidents (or the command has no need of it)."""
+    edge_tls_address: tuple[str, int] | None = None
+    """Where the worker reads the edge's certificate; ``None``: nowhere."""
 
     @property
     def production(self) -> bool:
@@ -326,6 +342,8 @@ def _read(reader: _Reader, needs: frozenset[Need]) -> Settings:
         otlp_endpoint=_otlp(reader),
         otlp_headers=_otlp_headers(reader),
         telegram=_telegram(reader) if Need.OUTBOUND in needs else None,
+        notices=_notices(reader) if Need.OUTBOUND in needs else None,
+        edge_tls_address=_edge_address(reader),
     )
 
 
@@ -514,6 +532,16 @@ def _host_ports(reader: _Reader, name: str) -> frozenset[str]:
     return entries
 
 
+def _edge_address(reader: _Reader) -> tuple[str, int] | None:
+    value = reader.text("EDGE_TLS_ADDRESS")
+    if not value:
+        return None
+    if not (found := re.fullmatch(r"([A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\]):([0-9]{1,5})", value)):
+        reader.faults.append(f"EDGE_TLS_ADDRESS is {value!r}: give host:port")
+        return None
+    return found[1].strip("[]"), int(found[2])
+
+
 def _place(reader: _Reader, name: str, url: str) -> Place | None:
     from webhook_api.outbound import read_place
 
@@ -526,8 +554,6 @@ def _place(reader: _Reader, name: str, url: str) -> Place | None:
 
 
 def _forward(reader: _Reader) -> ForwardSettings | None:
-    from webhook_api.auth.standard import read_secret
-
     url, secrets = reader.text("FORWARD_URL"), reader.text("FORWARD_SECRET").split()
     seconds = reader.integer("FORWARD_TIMEOUT_SECONDS", 10, 1, 60)
     if not url:
@@ -536,14 +562,40 @@ def _forward(reader: _Reader) -> ForwardSettings | None:
         reader.faults.append(
             "FORWARD_SECRET is not set (nor FORWARD_SECRET_FILE): what is forwarded is signed"
         )
+    keys = _signing_keys(reader, secrets)
+    place = _place(reader, "FORWARD_URL", url)
+    return ForwardSettings(place, keys, seconds) if place else None
+
+
+def _signing_keys(reader: _Reader, secrets: list[str]) -> tuple[bytes, ...]:
+    from webhook_api.auth.standard import read_secret
+
     keys: list[bytes] = []
     for secret in secrets:
         try:
             keys.append(read_secret(secret))
         except ValueError as error:
             reader.faults.append(f"FORWARD_SECRET cannot be used: {error}")
-    place = _place(reader, "FORWARD_URL", url)
-    return ForwardSettings(place, tuple(keys), seconds) if place else None
+    return tuple(keys)
+
+
+def _notices(reader: _Reader) -> NoticeSettings | None:
+    url, telegram = reader.text("NOTICE_URL"), reader.boolean("NOTICE_TELEGRAM", False)
+    stuck = reader.integer("NOTICE_STUCK_SECONDS", 900, 1, 30 * 86_400)
+    settle = reader.integer("NOTICE_SETTLE_SECONDS", 60, 0, 86_400)
+    every = reader.integer("NOTICE_EVERY_SECONDS", 30, 1, 3600)
+    if not url and not telegram:
+        return None
+    secrets = reader.text("FORWARD_SECRET").split()
+    if url and not secrets:
+        reader.faults.append(
+            "NOTICE_URL is set and FORWARD_SECRET is not (nor FORWARD_SECRET_FILE): notices are signed"
+        )
+    if telegram and not reader.text("TELEGRAM_CHAT_ID"):
+        reader.faults.append("NOTICE_TELEGRAM is set and TELEGRAM_CHAT_ID is not: give bot and chat")
+    place = _place(reader, "NOTICE_URL", url) if url else None
+    keys = _signing_keys(reader, secrets) if url else ()
+    return NoticeSettings(place, keys, telegram, stuck, settle, every)
 
 
 def _otlp(reader: _Reader) -> str | None:

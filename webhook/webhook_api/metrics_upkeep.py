@@ -1,4 +1,7 @@
-"""Prometheus metrics of the worker's own jobs: the reconciler and retention. A worker shows them with its own."""
+"""Prometheus metrics of the worker's own jobs: the reconciler, retention, the look at the edge's certificate.
+
+A worker shows them with its own.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +51,13 @@ TABLE_BYTES: Final = _gauge(
     "webhook_table_bytes", "Size of a table with its indexes and large values", "table"
 )
 TABLE_ROWS: Final = _gauge("webhook_table_rows", "Rows of a table, as its statistics estimate them", "table")
+CERTIFICATE_ENDS: Final = _gauge(
+    "webhook_certificate_not_after_timestamp_seconds",
+    "When the certificate ends that the edge shows; Unix time, 0 while it is not known",
+)
+CERTIFICATE_UP: Final = _gauge("webhook_certificate_up", "Whether the edge's certificate could be read")
+INCIDENTS_OPEN: Final = _gauge("webhook_incidents_open", "1 while an incident of a kind is open", "kind")
+NOTICES: Final = _counter("webhook_notices", "Notices of incidents (sent, failed)", "outcome")
 
 
 def register(registry: CollectorRegistry) -> None:
@@ -55,5 +65,6 @@ def register(registry: CollectorRegistry) -> None:
     for metric in (
         RECONCILE_RUNS, RECONCILE_ANSWERS, RECONCILE_ERRORS, RECONCILE_CLOSED, RECONCILE_WAITING, RECONCILE_OLDEST,
         RECONCILE_PAUSED, PRUNE_RUNS, PRUNE_ROWS, PRUNE_ERRORS, PRUNE_BATCH, TABLE_BYTES, TABLE_ROWS,
+        CERTIFICATE_ENDS, CERTIFICATE_UP, INCIDENTS_OPEN, NOTICES,
     ):  # fmt: skip
         registry.register(metric)

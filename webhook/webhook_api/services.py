@@ -13,9 +13,10 @@ from webhook_api.auth.keys import key_source
 from webhook_api.auth.samples import Samples
 from webhook_api.config import Settings
 from webhook_api.db import Database
+from webhook_api.errors import HTTP_STATUS
 from webhook_api.gauges import InboxCollector
 from webhook_api.inbox import Storage
-from webhook_api.metrics import INFO
+from webhook_api.metrics import INFO, REJECTED
 
 PAGES_CONNECTIONS: Final = 3
 """Connections for the pages that operators read. The intake has a pool of its own, which no page can empty."""
@@ -62,6 +63,9 @@ class Services:
         INFO.labels(
             version=self.settings.version, release=self.settings.release, instance=self.settings.instance_id
         ).set(1)
+        for reason in HTTP_STATUS:
+            # From zero on: whoever compares two readings sees the first refusal, too.
+            REJECTED.labels(reason=reason)
         tracing.start(self.settings, "api")
         self.database.open()
         self.storage.start()

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC
 from typing import Any, Final
 
@@ -183,6 +183,12 @@ class ForwardOutlet:
 
     def send(self, identifier: str, body: bytes, job: Job) -> Answer:
         """POST `body`, signed now. Raises `EffectError`."""
+        return self.post(identifier, body, job.stop, job.delivery.id)
+
+    def post(
+        self, identifier: str, body: bytes, stop: Callable[[], bool], delivery_id: int | None = None
+    ) -> Answer:
+        """The same for what is no delivery's own."""
         timestamp = int(time.time())
         headers = {
             "Content-Type": "application/json",
@@ -191,4 +197,4 @@ class ForwardOutlet:
             "webhook-timestamp": str(timestamp),
             "webhook-signature": " ".join(signature(key, identifier, timestamp, body) for key in self._keys),
         }
-        return self._outbound.post(self._outbound.place.path, body, headers, job.stop, job.delivery.id)
+        return self._outbound.post(self._outbound.place.path, body, headers, stop, delivery_id)

@@ -221,6 +221,10 @@ class TelegramOutlet:
 
     def send(self, message: str, job: Job) -> int:
         """Send the message; returns its id in the chat. Raises `EffectError`, `Refused` when Telegram said no."""
+        return self.say(message, job.stop, job.delivery.id)
+
+    def say(self, message: str, stop: Callable[[], bool], delivery_id: int | None = None) -> int:
+        """The same for what is no delivery's own."""
         document = {
             "chat_id": self._chat_id,
             "text": message,
@@ -229,7 +233,7 @@ class TelegramOutlet:
         }
         headers = {"Content-Type": "application/json", "User-Agent": "aisha-webhook-telegram/1"}
         body = json.dumps(document).encode()
-        answer = self._outbound.post(self._path, body, headers, job.stop, job.delivery.id)
+        answer = self._outbound.post(self._path, body, headers, stop, delivery_id)
         said = _read(answer)
         if answer.good and said.get("ok") is True:
             result = said.get("result")

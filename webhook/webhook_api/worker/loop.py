@@ -23,7 +23,7 @@ from typing import Final
 
 import psycopg
 
-from webhook_api import gauges, tracing
+from webhook_api import gauges, gauges_site, tracing
 from webhook_api.config import Settings
 from webhook_api.db import Connection, Database, DatabaseUnavailable
 from webhook_api.effects import ORDER
@@ -94,6 +94,13 @@ def media_policy(settings: Settings) -> MediaPolicy:
     )
 
 
+def _state_directory(settings: Settings) -> Path | None:
+    """Where spool and cached keys are kept: what fills up there stops deliveries."""
+    if settings.fal_jwks_cache_file is not None:
+        return settings.fal_jwks_cache_file.parent
+    return settings.spool_dir
+
+
 class Worker:
     """One process. `run` blocks; `stop` may be called from a signal handler or another thread."""
 
@@ -154,6 +161,8 @@ class Worker:
         keeper.start()
         inbox = gauges.InboxCollector(self._borrow)
         metrics.REGISTRY.register(inbox)
+        site = gauges_site.SiteCollector(self._borrow, _state_directory(self._settings))
+        metrics.REGISTRY.register(site)
         upkeep = Upkeep(self._settings, self._stopping)
         upkeep.start()
         http = metrics.Listener(self._settings.worker_metrics_port, self._is_alive)
@@ -166,6 +175,7 @@ class Worker:
             self._ended.set()
             http.close()
             metrics.REGISTRY.unregister(inbox)
+            metrics.REGISTRY.unregister(site)
             keeper.join(timeout=2.0)
             upkeep.join(2.0)
             self._listener.close()
