@@ -22,6 +22,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from webhook_api import sources
+from webhook_api.config_console import ConsoleSettings, read_console
 from webhook_api.config_upkeep import (
     ReconcileSettings,
     RetentionSettings,
@@ -70,6 +71,7 @@ NEEDS_SERVE: Final = frozenset(Need) - {Need.OUTBOUND}
 NEEDS_BACKENDS: Final = frozenset({Need.DATABASE, Need.REDIS, Need.OBJECT_STORE})
 NEEDS_WORKER: Final = NEEDS_BACKENDS | {Need.OUTBOUND}
 NEEDS_MIGRATE: Final = frozenset({Need.DATABASE})
+NEEDS_CONSOLE: Final = frozenset({Need.DATABASE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,7 @@ class Settings:
     otlp_headers: Mapping[str, str] | None = field(default=None, repr=False)
     telegram: TelegramSettings | None = None
     """``None``: no messages (or the command has no need of it)."""
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
 
     @property
     def production(self) -> bool:
@@ -314,6 +317,7 @@ def _read(reader: _Reader, needs: frozenset[Need]) -> Settings:
         worker_metrics_port=reader.integer("WORKER_METRICS_PORT", 9108, 0, 65535),
         reconcile=read_reconcile(reader, api_key),
         retention=read_retention(reader),
+        console=read_console(reader),
         fal_account_file=_account_file(reader, cache),
         sources=_sources(reader, needs),
         spool_dir=_spool_dir(reader),

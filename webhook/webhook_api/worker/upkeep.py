@@ -1,4 +1,4 @@
-"""The worker's own jobs beside the deliveries: asking fal for what never came, and clearing away what is old.
+"""The worker's own jobs beside the deliveries: asking for what never came, clearing away what is old, counting.
 
 Each runs in a thread of its own in every worker; an advisory lock makes one of them the one that acts.
 """
@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from webhook_api import metrics_upkeep, reconcile, retention
+from webhook_api import metrics_upkeep, reconcile, retention, rollups
 from webhook_api.config import Settings
 from webhook_api.worker.metrics import REGISTRY
 
 JOBS: Final[dict[str, Callable[[Settings, threading.Event], None]]] = {
     "reconcile": reconcile.job,
     "retention": retention.job,
+    "rollups": rollups.job,
 }
 
 metrics_upkeep.register(REGISTRY)
