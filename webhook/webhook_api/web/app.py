@@ -105,10 +105,11 @@ def _health() -> Response:
 def _fault(error: Exception) -> Response:
     """Say what went wrong: as JSON below /api, as a page elsewhere. The reason is one word of ours."""
     status, reason, headers = _reason(error)
+    message = g.words.say(_message(reason, status))
     if request.path.startswith("/api/"):
-        return answer(status, reason, g.words.say(_message(reason, status)), headers)
+        return answer(status, reason, message, headers)
     try:
-        text = render_template("error.html", status=status, message=_message(reason, status), reason=reason)
+        text = render_template("error.html", status=status, message=message, reason=reason)
     except Exception:  # what fails here must not hide the fault itself
         LOG.exception("defect")
         return Response(f"{status} {reason}\n", status=status, mimetype="text/plain")
