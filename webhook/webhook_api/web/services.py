@@ -31,6 +31,8 @@ WRITE_SECONDS: Final = 20.0
 STREAMS: Final = 6
 """Live views at once: each keeps a thread."""
 GAUGES_SECONDS: Final = 5.0
+HEALTH_SECONDS: Final = 1.0
+"""Less than the container's health check waits."""
 
 
 class Services:
@@ -89,7 +91,7 @@ class Services:
     def database_there(self) -> bool:
         """Whether the database answers."""
         try:
-            with self.read() as connection:
+            with self._reading.borrow(HEALTH_SECONDS) as connection:
                 connection.execute("select 1")
         except DatabaseUnavailable:
             return False
