@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.support.databases import migrated_database
-from tests.support.website import PASSWORD, Inbox, Website, show_case, website
+from tests.support.website import PASSWORD, Inbox, Website, instances, show_case, website
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "/usr/bin/chromium"
 ARGUMENTS = [
@@ -35,7 +35,8 @@ def shown(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with migrated_database(database_url) as url:
         inbox = Inbox(url)
         ids = show_case(inbox)
-        with website(url, tmp_path_factory.mktemp("console") / "log") as site:
+        log = tmp_path_factory.mktemp("console") / "log"
+        with instances() as asked, website(url, log, CONSOLE_INSTANCES=asked) as site:
             yield Shown(site, inbox, ids)
         inbox.connection.close()
 

@@ -57,6 +57,7 @@ def test_each_page_fits_and_keeps_nobody_out(each: Visit, pictures: Path | None)
             part.evaluate("part => { part.open = true }")
         looks_right(each, name, pictures)
     each.open("/dead-letters").locator("form[action$='replay/preview'] button").click()
+    expect(each.page.locator(".count")).to_be_visible()
     looks_right(each, "preview", pictures)
     each.open("/deliveries?since=nonsense")
     looks_right(each, "fault", None)
@@ -118,6 +119,19 @@ def test_pages_of_a_list_are_followed(visit: Visit) -> None:
     expect(page.locator("tbody tr")).to_have_count(50)
     page.get_by_role("link", name="Newer").first.click()
     expect(page.locator("tbody a").first).to_have_text(first)
+
+
+def test_the_signature_is_proven_once_more(visit: Visit) -> None:
+    visit.log_in()
+    page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
+    expect(page.locator(".verdict-valid")).to_have_text("valid")
+    expect(visit.open(f"/deliveries/{visit.shown.ids['evil']}").locator(".verdict-invalid")).to_be_visible()
+
+
+def test_the_overview_says_how_the_instances_are(visit: Visit) -> None:
+    page = visit.log_in()
+    expect(page.locator("tbody .pill.healthy")).to_have_count(2)
+    expect(page.get_by_text("1 h 10 min")).to_be_visible()
 
 
 def test_text_of_attackers_neither_runs_nor_turns_around(visit: Visit) -> None:

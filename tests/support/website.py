@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from webhook_api.rollups import count
 from webhook_api.web import accounts
 
 from tests.support.apiservice import PACKAGE, free_port
+from tests.support.falfake import delivery, jwks, new_key
 from tests.support.workerlab import bot_tables
 
 PASSWORD = "correct horse battery"
 EVIL = "<script>alert(1)</script>\u202egpj.exe\u202c\"'><img src=x onerror=alert(2)>"
+KEY = new_key()
+"""fal's key, as the console knows it."""
 OPERATION = Operation("tester", "test", "accounts.add")
 
 
@@ -83,9 +88,9 @@ class Inbox:
     ) -> None:
         """What was done for a delivery."""
         self.connection.execute(
-            "insert into webhook.effects (delivery_id, name, state, tries, detail, last_error) "
-            "values (%s, %s, %s, 1, %s, %s)",
-            (identifier, name, state, json.dumps(detail), error),
+            "insert into webhook.effects (delivery_id, name, state, tries, detail, last_error, updated_at) "
+            "select id, %s, %s, 1, %s, %s, coalesce(done_at, last_seen_at) from webhook.deliveries where id = %s",
+            (name, state, json.dumps(detail), error, identifier),
         )
 
     def one(self, sql: str, *values: Any) -> Any:
@@ -113,9 +118,7 @@ def show_case(inbox: Inbox) -> dict[str, int]:
         "parked": inbox.deliver("c4ca4238-a0b9-4382-8dcc-509a6f75849b", state="parked", ago=900,
                                 error="avatar: not_there: no avatar has this request"),
         "retry": inbox.deliver("eccbc87e-4b5c-42fe-a830-8fd9f2a7baf3", state="retry", ago=300, error="stream: unreachable"),
-        "done": inbox.deliver("a87ff679-a2f3-471d-9181-a67b7542122c", ago=120, headers={"X-Fal-Webhook-Request-Id": "g-1"},
-                              body={"request_id": "a87ff679-a2f3-471d-9181-a67b7542122c", "gateway_request_id": "g-1",
-                                    "status": "OK", "payload": {"diffusers_lora_file": {"url": "https://v3.fal.media/files/lora.safetensors"}}}),
+        "done": _signed(inbox),
     }  # fmt: skip
     avatar, user = str(uuid.uuid4()), uuid.uuid4()
     inbox.connection.execute("insert into users values (%s, '1')", (user,))
@@ -155,6 +158,14 @@ def show_case(inbox: Inbox) -> dict[str, int]:
     return found
 
 
+def _signed(inbox: Inbox) -> int:
+    """A result as fal sends it, two minutes ago."""
+    request_id = "a87ff679-a2f3-471d-9181-a67b7542122c"
+    sent = delivery("portrait-ok", KEY, request_id=request_id, media="https://v3.fal.media")
+    kept = {name: value for name, value in sent.headers.items() if name.lower() != "content-type"}
+    return inbox.deliver(request_id, ago=1.0, body=sent.body, headers=kept)
+
+
 def _deployments(inbox: Inbox) -> None:
     for index, result in enumerate(["done", "rolled_back", "done"]):
         inbox.connection.execute(
@@ -167,6 +178,34 @@ def _deployments(inbox: Inbox) -> None:
         )  # fmt: skip
 
 
+@contextmanager
+def instances() -> Iterator[str]:
+    """Two API instances that say how they are; the value of CONSOLE_INSTANCES."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            document = {
+                "status": "healthy", "instance": names[self.server.server_port], "version": "1.0.0",
+                "release": "r-003",
+                "checks": {"keys": {"ok": True, "age_seconds": 4210}, "spool": {"ok": True, "rows": 0}},
+            }  # fmt: skip
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(document).encode())
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+    names = {server.server_port: f"api-{number}" for number, server in enumerate(servers, start=1)}
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield ",".join(f"http://127.0.0.1:{server.server_port}" for server in servers)
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
 class Website:
     """A running console."""
 
@@ -174,10 +213,13 @@ class Website:
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self._log = log
+        keys = log.with_suffix(".jwks")
+        keys.write_bytes(jwks(KEY))
         self._environment = {
             "PATH": os.environ["PATH"], "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": "1", "HOST": "127.0.0.1",
             "PORT": str(self.port), "DATABASE_URL": url, "INSTANCE_ID": "console", "TZ": "Asia/Almaty",
-            "WEBHOOK_VERSION": "1.0.0", "WEBHOOK_RELEASE": "r-003", **settings,
+            "WEBHOOK_VERSION": "1.0.0", "WEBHOOK_RELEASE": "r-003",
+            "FAL_JWKS_FILE": str(keys), **settings,
         }  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
 
