@@ -353,6 +353,28 @@ def test_parked_deliveries_are_tried_now(operator: FlaskClient, inbox: Inbox) ->
     assert "Changed: 1" in post(operator, "/actions/parked.discard", limit=1).text
 
 
+def test_what_was_kept_aside_is_taken_when_the_filter_says_so(operator: FlaskClient, inbox: Inbox) -> None:
+    inbox.deliver("r-1", state="dead")
+    late = inbox.deliver("r-2", state="dead", aside="stale")
+    assert ids(get(operator, "/dead-letters?aside=any").text) == [late]
+    assert "Changed: 1" in post(operator, "/actions/dead-letters.discard", aside="stale", limit=10).text
+    assert inbox.one("select discarded_at is not null from webhook.deliveries where id = %s", late)
+    assert inbox.one("select count(*) from webhook.deliveries where discarded_at is null") == 1
+
+
+def test_the_console_takes_four_connections_at_most(app: Flask, operator: FlaskClient, inbox: Inbox) -> None:
+    threads = [threading.Thread(target=lambda: get(operator, "/")) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with app.extensions["services"].write() as one, app.extensions["services"].write() as two:
+        assert one is not two
+        count = inbox.one("select count(*) from pg_stat_activity where application_name like 'webhook-console%%' "
+                          "and datname = current_database()")  # fmt: skip
+    assert 2 <= count <= 4
+
+
 def test_one_delivery_is_replayed_by_its_number(operator: FlaskClient, inbox: Inbox) -> None:
     inbox.deliver("r-1", state="dead")
     late = inbox.deliver("r-2", state="dead", aside="stale")

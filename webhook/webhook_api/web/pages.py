@@ -15,6 +15,8 @@ from webhook_api.web import charts, gate, lists, overview
 from webhook_api.web.words import lines
 
 CHART_SECONDS: Final = 30
+ASIDES: Final = ("any", "stale", "future", "account", "malformed")
+"""Why a delivery is kept aside, as the filter offers it."""
 
 blueprint = Blueprint("pages", __name__)
 
@@ -101,7 +103,7 @@ def _queue(name: str, endpoint: str) -> tuple[str, int]:
         page = nothing if fault else lists.queue(connection, name, wanted, **where())
     return render_template(
         "queue.html", at=name, queue=name, rows=page.rows, links=links(endpoint, values, page), values=values, fault=fault,
-        statuses=filters.STATUSES,
+        statuses=filters.STATUSES, asides=ASIDES,
     ), 400 if fault else 200  # fmt: skip
 
 
