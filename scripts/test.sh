@@ -34,6 +34,8 @@ run_phase() {
 	unit) bounded python -m pytest tests/unit -q -n 2 ;;
 	# Most of it waits: for leases, timeouts, builds. Tests are shared out one by one (tests/integration/conftest.py).
 	integration) bounded python -m tests.support.backends python -m pytest tests/integration -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 ;;
+	# Debian's Chromium, installed when it is missing; SCREENSHOTS=docs/screenshots keeps a picture of each page.
+	browser) scripts/test-browser.sh ;;
 	fuzz) bounded python -m pytest tests/fuzz -q ;;
 	faults) bounded python -m pytest tests/faults -v --durations=10 ;;
 	molecule) bounded scripts/test-molecule.sh ;;
@@ -41,7 +43,7 @@ run_phase() {
 	fresh) bounded python -m pytest tests/fresh -v -s -k "${FRESH:-debian13}" ;;
 	cluster) ROLLOUT_EVERY=1 python -m pytest tests/unit/modules/test_rollout_breaks_off.py tests/e2e/test_rollout.py tests/cluster -v --durations=10 ;; # only by its name: make test-cluster
 	*)
-		echo "There is no phase $1: lint unit fuzz integration molecule e2e faults fresh cluster" >&2
+		echo "There is no phase $1: lint unit fuzz integration browser molecule e2e faults fresh cluster" >&2
 		return 2
 		;;
 	esac
@@ -85,7 +87,7 @@ watch_lanes() { # until the jobs named have ended
 	tell
 }
 
-if ! (($#)) || [[ " $* " =~ \ (integration|e2e|molecule|faults|fresh|cluster)\  ]]; then
+if ! (($#)) || [[ " $* " =~ \ (integration|browser|e2e|molecule|faults|fresh|cluster)\  ]]; then
 	lane prepare &
 	watch_lanes $!
 fi

@@ -22,6 +22,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from webhook_api import sources
+from webhook_api.config_console import ConsoleSettings, read_console
 from webhook_api.config_upkeep import (
     ReconcileSettings,
     RetentionSettings,
@@ -70,6 +71,7 @@ NEEDS_SERVE: Final = frozenset(Need) - {Need.OUTBOUND}
 NEEDS_BACKENDS: Final = frozenset({Need.DATABASE, Need.REDIS, Need.OBJECT_STORE})
 NEEDS_WORKER: Final = NEEDS_BACKENDS | {Need.OUTBOUND}
 NEEDS_MIGRATE: Final = frozenset({Need.DATABASE})
+NEEDS_CONSOLE: Final = frozenset({Need.DATABASE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,7 @@ class Settings:
     """``None``: nobody hears of incidents (or the command has no need of it)."""
     edge_tls_address: tuple[str, int] | None = None
     """Where the worker reads the edge's certificate; ``None``: nowhere."""
+    console: ConsoleSettings = field(default_factory=ConsoleSettings)
 
     @property
     def production(self) -> bool:
@@ -333,6 +336,7 @@ def _read(reader: _Reader, needs: frozenset[Need]) -> Settings:
         worker_metrics_port=reader.integer("WORKER_METRICS_PORT", 9108, 0, 65535),
         reconcile=read_reconcile(reader, api_key),
         retention=read_retention(reader),
+        console=read_console(reader),
         fal_account_file=_account_file(reader, cache),
         sources=_sources(reader, needs),
         spool_dir=_spool_dir(reader),

@@ -228,3 +228,15 @@ def test_with_acme_names_renewed_files_are_read_at_the_next_handshake() -> None:
     assert challenge
     assert "root /etc/nginx/acme;" in challenge[1]
     assert "try_files $uri =404;" in challenge[1]
+
+
+def test_the_console_is_reached_only_where_a_port_is_given() -> None:
+    plain = render("edge", "nginx.conf.j2", **KNOWN)
+    assert ".22:8000" not in plain
+    text = render("edge", "nginx.conf.j2", edge_console_port=8444, site_subnet="10.9.8.0/24", **KNOWN)
+    assert [found for found in listens(text) if "8444" in found] == ["8444", "[::]:8444"]
+    server = text[text.index("listen 8444") :].partition("location / {")[0]
+    assert "include /etc/nginx/site/local_networks.conf;" in server
+    assert "proxy_set_header X-Real-IP $remote_addr;" in server
+    assert "proxy_pass http://10.9.8.22:8000;" in text
+    assert text.count("reuseport") == plain.count("reuseport") + 2

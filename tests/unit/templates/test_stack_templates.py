@@ -75,7 +75,7 @@ def test_names_of_the_replaced_system_are_kept() -> None:
 
 
 def test_every_container_is_hardened_and_limited() -> None:
-    for name, service in compose()["services"].items():
+    for name, service in compose(stack_console=True)["services"].items():
         assert service["user"] in ("10001:10001", "10002:10002"), name
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
@@ -139,11 +139,14 @@ ALL_SECRETS = SECRETS | {
         ("api-1", {"FORWARD_SECRET", "TELEGRAM_BOT_TOKEN", "FAL_API_KEY"}),
         ("worker", {"FAL_WEBHOOK_SECRET", "FAL_WEBHOOK_SECRET_PREVIOUS", "SOURCE_REPLICATE", "FAL_JWKS"}),
         ("migrate", set(ALL_SECRETS) - {"DATABASE_PASSWORD"}),
+        ("console", set(ALL_SECRETS) - {"DATABASE_PASSWORD", "FAL_JWKS"}),
     ],
 )
 def test_a_container_sees_the_secrets_that_it_needs(service: str, not_its: set[str]) -> None:
     document = compose(
-        secrets_service=ALL_SECRETS, secrets_versions=dict.fromkeys(ALL_SECRETS.values(), "0f1e2d3c4b5a")
+        stack_console=True,
+        secrets_service=ALL_SECRETS,
+        secrets_versions=dict.fromkeys(ALL_SECRETS.values(), "0f1e2d3c4b5a"),
     )
     found = document["services"][service]
     named = {name[:-5]: value for name, value in found["environment"].items() if name.endswith("_FILE")}
@@ -214,6 +217,35 @@ def test_further_senders_stand_in_one_quoted_line() -> None:
     assert (value[0], value[-1]) == ("'", "'")
     assert json.loads(value[1:-1]) == sources
     assert "WEBHOOK_SOURCES" not in environment()
+
+
+def test_the_console_is_there_only_when_it_is_asked_for() -> None:
+    assert "console" not in compose()["services"]
+    services = compose(stack_console=True, stack_console_port=9003)["services"]
+    console = services["console"]
+    assert console["command"] == ["console"]
+    assert console["container_name"] == "aisha-webhook-console"
+    assert console["ports"] == ["127.0.0.1:9003:8000"]
+    assert console["networks"]["cluster"]["ipv4_address"] == "172.31.240.22"
+    assert (
+        console["environment"]["CONSOLE_INSTANCES"] == "http://172.31.240.11:8000,http://172.31.240.12:8000"
+    )
+    assert console["environment"]["CONSOLE_EDGE"] == "172.31.240.1:443"
+    assert all(mount["read_only"] for mount in console["volumes"])
+    assert not any(mount.get("read_only") for mount in services["api-1"]["volumes"])
+    assert console["labels"] == services["worker"]["labels"]
+
+
+@pytest.mark.parametrize(("port", "behind"), [(0, "false"), (8444, "true")])
+def test_the_console_believes_nginx_only_where_it_is_in_front(port: int, behind: str) -> None:
+    edge = {**KNOWN["stack_edge"], "console_port": port}
+    console = compose(stack_console=True, stack_edge=edge)["services"]["console"]
+    assert console["environment"]["CONSOLE_BEHIND_EDGE"] == behind
+
+
+def test_the_rest_of_the_stack_knows_nothing_of_the_console() -> None:
+    without, beside = compose()["services"], compose(stack_console=True)["services"]
+    assert {name: beside[name] for name in without} == without
 
 
 ACME = {

@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[3]
 GUIDE = REPO / "docs" / "receiver" / "cli.md"
 PLAIN_WORDS = {"heartbeat", "count", "concurrency", "limit"}
 """Options whose name says it all."""
-PROCESSES = {"serve", "worker"}
+PROCESSES = {"serve", "worker", "console"}
 """Processes, not questions: they log JSON and answer nothing."""
 
 

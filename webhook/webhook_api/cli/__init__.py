@@ -19,6 +19,7 @@ from webhook_api.cli.common import Failed, explain
 COMMANDS: Final = {
     "serve": "run",
     "worker": "run",
+    "console": "run",
     "migrate": "migrate",
     "config": "config",
     "health": "health",
@@ -35,6 +36,8 @@ COMMANDS: Final = {
     "prune": "prune",
     "audit": "audit",
     "deployments": "deployments",
+    "accounts": "accounts",
+    "tokens": "tokens",
     "backup": "backup",
 }
 """Each command and the file that holds it. A name whose file is not there is not offered."""

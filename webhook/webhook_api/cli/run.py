@@ -1,4 +1,4 @@
-"""``serve`` and ``worker``: the processes of the service."""
+"""``serve``, ``worker`` and ``console``: the processes of the service."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ def worker() -> None:
 
     jsonlog.configure(loaded.log_level, instance=loaded.instance_id)
     sys.exit(worker_module.run(loaded))
+
+
+@click.command()
+def console() -> None:
+    """Serve the console for operators with gunicorn, which takes this process's place."""
+    from webhook_api.config import NEEDS_CONSOLE
+
+    settings(NEEDS_CONSOLE)
+    os.execv(  # noqa: S606  (no shell is wanted)
+        sys.executable, [sys.executable, "-m", "gunicorn", "--config", "python:webhook_api.web.gunicorn_conf"]
+    )

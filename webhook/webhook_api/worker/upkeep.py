@@ -1,5 +1,5 @@
 """The worker's own jobs beside the deliveries: asking fal for what never came, clearing away what is
-old, reading the edge's certificate, and telling people of incidents.
+old, counting, reading the edge's certificate, and telling people of incidents.
 
 Each runs in a thread of its own in every worker; an advisory lock makes one of them the one that acts.
 """
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from webhook_api import certificate, metrics_upkeep, reconcile, retention
+from webhook_api import certificate, metrics_upkeep, reconcile, retention, rollups
 from webhook_api.config import Settings
 from webhook_api.worker import notices
 from webhook_api.worker.metrics import REGISTRY
@@ -20,6 +20,7 @@ JOBS: Final[dict[str, Callable[[Settings, threading.Event], None]]] = {
     "retention": retention.job,
     "certificate": certificate.job,
     "notices": notices.job,
+    "rollups": rollups.job,
 }
 
 metrics_upkeep.register(REGISTRY)

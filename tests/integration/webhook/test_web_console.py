@@ -1,0 +1,599 @@
+"""The console against a real PostgreSQL: logins, roles, lists, actions and their audit, the API, Live, the rollups."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import psycopg
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+from webhook_api import rollups
+from webhook_api.config import NEEDS_CONSOLE, load_settings
+from webhook_api.db import connect
+from webhook_api.web import live, openapi
+from webhook_api.web.app import create_app
+from webhook_api.web.limits import PER_ACCOUNT
+from webhook_api.web.services import Services
+
+from tests.support.console import good, lines, typed
+from tests.support.website import EVIL, PASSWORD, Inbox, show_case, website
+
+pytestmark = pytest.mark.backends
+
+BASE = "https://localhost"
+API = "/api/v1/console"
+
+
+@pytest.fixture(scope="module")
+def database(url: str) -> Iterator[Inbox]:
+    made = Inbox(url)
+    yield made
+    made.connection.close()
+
+
+@pytest.fixture
+def inbox(database: Inbox) -> Inbox:
+    database.empty()
+    return database
+
+
+@pytest.fixture
+def app(inbox: Inbox) -> Iterator[Flask]:
+    made = create_app(load_settings({"DATABASE_URL": inbox.url, "INSTANCE_ID": "console"}, NEEDS_CONSOLE))
+    made.extensions["services"].start()
+    yield made
+    made.extensions["services"].stop()
+
+
+def form_of(text: str) -> str:
+    found = re.search(r'name="csrf" value="(\w+)"', text)
+    assert found
+    return found[1]
+
+
+def log_in(app: Flask, name: str, password: str = PASSWORD) -> tuple[FlaskClient, Any]:
+    client = app.test_client()
+    csrf = form_of(client.get("/login", base_url=BASE).text)
+    answer = client.post("/login", data={"csrf": csrf, "name": name, "password": password}, base_url=BASE)
+    return client, answer
+
+
+@pytest.fixture
+def operator(app: Flask, inbox: Inbox) -> FlaskClient:
+    inbox.account("maria", "operator")
+    client, answer = log_in(app, "maria")
+    assert answer.status_code == 303
+    return client
+
+
+@pytest.fixture
+def viewer(app: Flask, inbox: Inbox) -> FlaskClient:
+    inbox.account("viktor", "viewer")
+    client, answer = log_in(app, "viktor")
+    assert answer.status_code == 303
+    return client
+
+
+def get(client: FlaskClient, path: str) -> Any:
+    return client.get(path, base_url=BASE)
+
+
+def post(client: FlaskClient, path: str, **fields: Any) -> Any:
+    fields.setdefault("csrf", form_of(get(client, "/").text))
+    return client.post(path, data=fields, base_url=BASE)
+
+
+def ids(text: str) -> list[int]:
+    return [
+        int(found) for found in re.findall(r'<th scope="row" class="num"><a href="/deliveries/(\d+)">', text)
+    ]
+
+
+# Logins
+
+
+def test_a_session_is_a_bound_cookie_whose_digest_alone_is_kept(app: Flask, inbox: Inbox) -> None:
+    inbox.account("maria", "operator")
+    _, answer = log_in(app, "maria")
+    cookie = next(item for item in answer.headers.getlist("Set-Cookie") if "session" in item)
+    for part in ("__Host-console_session=", "Secure", "HttpOnly", "SameSite=Strict", "Path=/"):
+        assert part in cookie
+    token = cookie.partition("=")[2].partition(";")[0]
+    assert (
+        inbox.one(
+            "select count(*) from webhook.sessions where token_sha256 = sha256(%s::bytea)", token.encode()
+        )
+        == 1
+    )
+    kept = inbox.one("select row_to_json(s)::text from webhook.sessions s")
+    assert token not in kept
+
+
+@pytest.mark.parametrize(("name", "password"), [
+    ("maria", "wrong password!"), ("nobody", PASSWORD), ("MARIA' or 1=1", PASSWORD), ("", ""), ("maria", ""),
+])  # fmt: skip
+def test_a_wrong_login_is_refused_and_recorded(app: Flask, inbox: Inbox, name: str, password: str) -> None:
+    inbox.account("maria", "operator")
+    _, answer = log_in(app, name, password)
+    assert answer.status_code == 403
+    assert not any("session" in item for item in answer.headers.getlist("Set-Cookie"))
+    assert inbox.one("select count(*) from webhook.sessions") == 0
+    who = inbox.one("select who from webhook.audit where action = 'console.login_failed'")
+    assert who == ("maria" if name == "maria" else "-")
+
+
+def test_too_many_attempts_wait_even_with_the_right_password(app: Flask, inbox: Inbox) -> None:
+    inbox.account("maria", "operator")
+    for _ in range(PER_ACCOUNT):
+        assert log_in(app, "maria", "wrong password!")[1].status_code == 403
+    _, answer = log_in(app, "maria")
+    assert answer.status_code == 429
+    assert int(answer.headers["Retry-After"]) > 200
+    assert (
+        inbox.one("select count(*) from webhook.audit where action = 'console.login_failed'") == PER_ACCOUNT
+    )
+
+
+def test_a_login_needs_its_own_form(app: Flask, inbox: Inbox) -> None:
+    inbox.account("maria", "operator")
+    client = app.test_client()
+    csrf = form_of(get(client, "/login").text)
+    stranger = app.test_client()
+    get(stranger, "/login")
+    answer = stranger.post(
+        "/login", data={"csrf": csrf, "name": "maria", "password": PASSWORD}, base_url=BASE
+    )
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("change", [
+    "update webhook.sessions set seen_at = now() - interval '31 minutes'",
+    "update webhook.sessions set created_at = now() - interval '13 hours'",
+    "update webhook.accounts set disabled_at = now()",
+    "delete from webhook.sessions",
+])  # fmt: skip
+def test_a_session_ends(operator: FlaskClient, inbox: Inbox, change: str) -> None:
+    assert get(operator, "/").status_code == 200
+    inbox.connection.execute(change)  # type: ignore[call-overload]
+    assert get(operator, "/").status_code == 302
+
+
+def test_a_session_that_is_used_goes_on(operator: FlaskClient, inbox: Inbox) -> None:
+    inbox.connection.execute("update webhook.sessions set seen_at = now() - interval '29 minutes'")
+    assert get(operator, "/").status_code == 200
+    assert inbox.one("select seen_at > now() - interval '1 minute' from webhook.sessions")
+
+
+def test_logging_out_ends_the_session_in_the_database(operator: FlaskClient, inbox: Inbox) -> None:
+    assert post(operator, "/logout").status_code == 303
+    assert inbox.one("select count(*) from webhook.sessions") == 0
+    assert get(operator, "/").status_code == 302
+    assert [row[0] for row in inbox.connection.execute("select action from webhook.audit order by id").fetchall()] == [
+        "accounts.add", "console.login", "console.logout"]  # fmt: skip
+
+
+# The command line
+
+
+def test_accounts_and_tokens_by_the_command_line(inbox: Inbox, app: Flask) -> None:
+    env = {"DATABASE_URL": inbox.url, "ENVIRONMENT": "test"}
+    made = typed(env, "accounts", "add", "asel", "--role", "operator", "--as", "root", answer=PASSWORD + "\n")
+    assert made.exit_code == 0
+    assert typed(env, "accounts", "add", "asel", answer=PASSWORD + "\n").exit_code == 1
+    assert typed(env, "accounts", "add", "weak", answer="short\n").exit_code == 1
+    listed = lines(env, "accounts", "list")
+    assert [(row["name"], row["role"]) for row in listed] == [("asel", "operator")]
+    assert "argon2" not in json.dumps(listed)
+    client, _ = log_in(app, "asel")
+    assert get(client, "/").status_code == 200
+    assert typed(env, "accounts", "password", "asel", answer="another good password\n").exit_code == 0
+    assert get(client, "/").status_code == 302
+    client, answer = log_in(app, "asel", "another good password")
+    assert answer.status_code == 303
+    good(env, "accounts", "disable", "asel")
+    assert get(client, "/").status_code == 302
+    assert log_in(app, "asel", "another good password")[1].status_code == 403
+    assert typed(env, "accounts", "disable", "nobody").exit_code == 1
+    token = good(env, "tokens", "add", "nightly").stdout.strip()
+    assert (
+        app.test_client().get(API + "/overview", headers={"Authorization": f"Bearer {token}"}).status_code
+        == 200
+    )
+    assert token not in json.dumps(lines(env, "tokens", "list"))
+    good(env, "tokens", "revoke", "nightly")
+    assert (
+        app.test_client().get(API + "/overview", headers={"Authorization": f"Bearer {token}"}).status_code
+        == 401
+    )
+    actions = [
+        row[0] for row in inbox.connection.execute("select action from webhook.audit order by id").fetchall()
+    ]
+    assert {"accounts.add", "accounts.password", "accounts.disable", "tokens.add", "tokens.revoke"} <= set(
+        actions
+    )
+    assert PASSWORD not in str(inbox.connection.execute("select * from webhook.audit").fetchall())
+
+
+# Lists
+
+
+def test_pages_are_followed_by_key_while_rows_arrive(operator: FlaskClient, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}") for index in range(120)]
+    first = get(operator, "/deliveries").text
+    assert ids(first) == made[:-51:-1]
+    older = re.search(r'href="([^"]+)" rel="next"', first)
+    assert older
+    for index in range(5):
+        inbox.deliver(f"new-{index}")
+    second = get(operator, older[1].replace("&amp;", "&")).text
+    assert ids(second) == made[69:19:-1]
+    newer = re.search(r'href="([^"]+)" rel="prev"', second)
+    assert newer
+    assert ids(get(operator, newer[1].replace("&amp;", "&")).text) == made[:-51:-1]
+    last = re.search(r'href="([^"]+)" rel="next"', second)
+    assert last
+    third = get(operator, last[1].replace("&amp;", "&")).text
+    assert ids(third) == made[19::-1]
+    assert 'rel="next"' not in third
+
+
+FILTERS = [
+    ("state=dead", {"dead", "evil", "aside"}), ("status=failed&state=dead", {"evil"}), ("aside=stale", {"aside"}),
+    ("text=diffusers_lora_file", {"done"}), ("request_id=stale-5d41402a", {"aside"}), ("reason=object_refused", {"dead"}),
+    ("state=parked&source=fal", {"parked"}), ("source=manual", set()), ("avatar_id=nobody", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("query", "names"), FILTERS)
+def test_filters_find_what_they_say(app: Flask, inbox: Inbox, query: str, names: set[str]) -> None:
+    made = show_case(inbox)
+    client, _ = log_in(app, "maria")
+    assert set(ids(get(client, f"/deliveries?{query}").text)) == {made[name] for name in names}
+
+
+def test_every_page_opens_and_nothing_of_others_runs(app: Flask, inbox: Inbox) -> None:
+    made = show_case(inbox)
+    for name in ("maria", "viktor"):
+        client, _ = log_in(app, name)
+        for path in ("/", "/deliveries", "/dead-letters", "/parked", "/avatars", "/deployments", "/live",
+                     "/charts/latency-dark.svg", *(f"/deliveries/{number}" for number in made.values())):  # fmt: skip
+            answer = get(client, path)
+            assert answer.status_code == 200, path
+            assert "<script>alert" not in answer.text
+            assert "<img src=x" not in answer.text
+            assert "\u202e" not in answer.text
+            assert "s3cr3t" not in answer.text
+
+
+def test_viewers_see_no_bodies_and_no_actions(app: Flask, inbox: Inbox) -> None:
+    made = show_case(inbox)
+    maria, _ = log_in(app, "maria")
+    viktor, _ = log_in(app, "viktor")
+    mine, his = (get(client, f"/deliveries/{made['evil']}").text for client in (maria, viktor))
+    assert "X-Evil" in mine
+    assert "X-Evil" not in his
+    assert "<pre" not in his
+    assert "/actions/" not in his
+    assert "/actions/" not in get(viktor, "/dead-letters").text
+    assert get(viktor, "/deliveries?text=evil").status_code == 400
+    before = inbox.one("select count(*) from webhook.audit")
+    for path in ("/actions/dead-letters.replay/preview", "/actions/dead-letters.replay"):
+        assert post(viktor, path, limit=10).status_code == 403
+    assert inbox.one("select count(*) from webhook.audit") == before
+    assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 3
+
+
+def test_the_timeline_is_in_the_order_of_time(app: Flask, inbox: Inbox) -> None:
+    made = show_case(inbox)
+    client, _ = log_in(app, "maria")
+    text = get(client, f"/deliveries/{made['done']}").text
+    times = re.findall(r'<span class="at"><time datetime="([^"]+)"', text)
+    assert len(times) == 5
+    assert times == sorted(times)
+    assert "aisha-files/deliveries/2026/11/29/segment-0001.ndjson" in text
+
+
+# Actions
+
+
+def test_a_preview_counts_and_changes_nothing(operator: FlaskClient, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}", state="dead", error="x") for index in range(12)]
+    aside = inbox.deliver("late", state="dead", aside="stale")
+    answer = post(operator, "/actions/dead-letters.replay/preview")
+    assert answer.status_code == 200
+    assert 'name="limit" value="12"' in answer.text
+    assert ids(answer.text) == made[:10]
+    assert "Kept aside and left out: 1" in answer.text
+    assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 13
+    assert aside
+
+
+def test_a_replay_is_done_to_what_was_counted_and_recorded(operator: FlaskClient, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}", state="dead", error="x") for index in range(3)]
+    late = inbox.deliver("r-9", state="dead", error="x")
+    answer = post(operator, "/actions/dead-letters.replay", limit=3)
+    assert "Changed: 3" in answer.text
+    states = dict(inbox.connection.execute("select id, state from webhook.deliveries").fetchall())
+    assert [states[number] for number in made] == ["retry"] * 3
+    assert states[late] == "dead"
+    row = inbox.connection.execute(
+        "select who, instance, affected, delivery_ids, filter ->> 'by' from webhook.audit "
+        "where action = 'dead-letters.replay'"
+    ).fetchone()
+    assert row == ("maria", "console", 3, made, "console")
+
+
+def test_discarding_by_filter_says_why(operator: FlaskClient, inbox: Inbox) -> None:
+    one = inbox.deliver("r-1", "failed", "dead", error="x")
+    inbox.deliver("r-2", "completed", "dead", error="x")
+    answer = post(operator, "/actions/dead-letters.discard", limit=1000, status="failed", why=EVIL)
+    assert "Changed: 1" in answer.text
+    assert "\u202e" not in get(operator, f"/deliveries/{one}").text
+    assert inbox.one("select count(*) from webhook.deliveries where discarded_at is not null") == 1
+    assert (
+        inbox.one("select detail ->> 'why' from webhook.audit where action = 'dead-letters.discard'") == EVIL
+    )
+    assert ids(get(operator, "/dead-letters").text) == [one + 1]
+
+
+def test_parked_deliveries_are_tried_now(operator: FlaskClient, inbox: Inbox) -> None:
+    number = inbox.deliver("r-1", state="parked")
+    assert "Changed: 1" in post(operator, "/actions/parked.retry", limit=1).text
+    assert inbox.one("select next_attempt_at <= now() from webhook.deliveries where id = %s", number)
+    assert "Changed: 1" in post(operator, "/actions/parked.discard", limit=1).text
+
+
+def test_what_was_kept_aside_is_taken_when_the_filter_says_so(operator: FlaskClient, inbox: Inbox) -> None:
+    inbox.deliver("r-1", state="dead")
+    late = inbox.deliver("r-2", state="dead", aside="stale")
+    assert ids(get(operator, "/dead-letters?aside=any").text) == [late]
+    assert "Changed: 1" in post(operator, "/actions/dead-letters.discard", aside="stale", limit=10).text
+    assert inbox.one("select discarded_at is not null from webhook.deliveries where id = %s", late)
+    assert inbox.one("select count(*) from webhook.deliveries where discarded_at is null") == 1
+
+
+def test_the_console_takes_four_connections_at_most(app: Flask, operator: FlaskClient, inbox: Inbox) -> None:
+    threads = [threading.Thread(target=lambda: get(operator, "/")) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with app.extensions["services"].write() as one, app.extensions["services"].write() as two:
+        assert one is not two
+        count = inbox.one("select count(*) from pg_stat_activity where application_name like 'webhook-console%%' "
+                          "and datname = current_database()")  # fmt: skip
+    assert 2 <= count <= 4
+
+
+def test_one_delivery_is_replayed_by_its_number(operator: FlaskClient, inbox: Inbox) -> None:
+    inbox.deliver("r-1", state="dead")
+    late = inbox.deliver("r-2", state="dead", aside="stale")
+    assert "Changed: 1" in post(operator, "/actions/events.replay", id=late, limit=1).text
+    assert inbox.one("select aside from webhook.deliveries where id = %s", late) is None
+    assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 1
+
+
+@pytest.mark.parametrize("csrf", ["", "0" * 64])
+def test_a_forged_form_changes_nothing(operator: FlaskClient, inbox: Inbox, csrf: str) -> None:
+    inbox.deliver("r-1", state="dead")
+    for path in (
+        "/actions/dead-letters.discard",
+        "/actions/dead-letters.discard/preview",
+        "/logout",
+        "/look",
+    ):
+        assert post(operator, path, csrf=csrf, limit=10).status_code == 403
+    assert inbox.one("select count(*) from webhook.deliveries where discarded_at is null") == 1
+    assert inbox.one("select count(*) from webhook.sessions") == 1
+
+
+def test_odd_requests_are_refused(operator: FlaskClient) -> None:
+    assert get(operator, "/deliveries?after=x").status_code == 400
+    assert get(operator, "/deliveries?since=%00").status_code == 400
+    missing = get(operator, f"/deliveries/{2**70}")
+    assert missing.status_code == 404
+    assert "There is nothing at this address." in missing.text
+    assert get(operator, "/charts/passwords-light.svg").status_code == 404
+    assert post(operator, "/actions/drop.table", limit=1).status_code == 404
+    assert post(operator, "/actions/dead-letters.replay", id="x", limit=1).status_code == 400
+
+
+def test_reading_connections_cannot_write(app: Flask) -> None:
+    services: Services = app.extensions["services"]
+    with services.read() as connection, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        connection.execute("delete from webhook.deliveries")
+
+
+def test_what_takes_too_long_is_given_up(
+    app: Flask, operator: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services: Services = app.extensions["services"]
+    monkeypatch.setattr(
+        "webhook_api.web.lists.page", lambda connection, *_, **__: connection.execute("select pg_sleep(9)")
+    )
+    started = time.monotonic()
+    answer = get(operator, "/deliveries?text=x")
+    assert answer.status_code == 503
+    assert time.monotonic() - started < 4
+    assert "narrow the filter" in answer.text
+    assert services.database_there()
+
+
+# The API
+
+
+@pytest.fixture
+def document() -> Any:
+    return openapi.document("1")
+
+
+def call(app: Flask, token: str, path: str, body: Any = None) -> Any:
+    headers = {"Authorization": f"Bearer {token}"}
+    client = app.test_client()
+    return (
+        client.get(API + path, headers=headers)
+        if body is None
+        else client.post(API + path, json=body, headers=headers)
+    )
+
+
+def check(document: Any, path: str, answer: Any) -> None:
+    way = next(iter(document["paths"][API + path].values()))
+    schema = way["responses"][str(answer.status_code)]["content"]["application/json"]["schema"]
+    jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(answer.json)
+
+
+def test_each_answer_of_the_api_has_the_described_form(app: Flask, inbox: Inbox, document: Any) -> None:
+    made = show_case(inbox)
+    token = inbox.token("ci", "operator")
+    for path in ("/overview", "/deliveries", "/dead-letters", "/parked", "/avatars", "/deployments"):
+        answer = call(app, token, path)
+        assert answer.status_code == 200, path
+        check(document, path, answer)
+    check(document, "/deliveries/{identifier}", call(app, token, f"/deliveries/{made['evil']}"))
+    check(document, "/deliveries/{identifier}", call(app, token, "/deliveries/999999"))
+    check(document, "/deliveries", call(app, token, "/deliveries?status=odd"))
+    check(document, "/overview", call(app, "wct_wrong", "/overview"))
+
+
+def test_the_api_pages_by_key(app: Flask, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}") for index in range(7)]
+    token = inbox.token("ci", "viewer")
+    first = call(app, token, "/deliveries?limit=3").json
+    second = call(app, token, f"/deliveries?limit=3&after={first['after']}").json
+    assert [row["id"] for row in [*first["deliveries"], *second["deliveries"]]] == made[:0:-1]
+
+
+def test_an_action_of_the_api_counts_first_and_is_recorded(app: Flask, inbox: Inbox, document: Any) -> None:
+    made = [inbox.deliver(f"r-{index}", state="dead") for index in range(3)]
+    token = inbox.token("ci", "operator")
+    counted = call(app, token, "/actions/dead-letters.replay", {"filter": {}})
+    check(document, "/actions/{name}", counted)
+    assert (counted.json["matched"], counted.json["changed"]) == (3, 0)
+    done = call(app, token, "/actions/dead-letters.replay", {"ids": made[:2], "dry_run": False})
+    check(document, "/actions/{name}", done)
+    assert done.json["changed"] == 2
+    assert inbox.one("select who from webhook.audit where action = 'dead-letters.replay'") == "token:ci"
+
+
+@pytest.mark.parametrize("body", [
+    {}, {"filter": {}, "ids": [1]}, {"ids": []}, {"ids": ["1"]}, {"ids": [True]}, {"filter": {"odd": "x"}}, {"filter": []},
+    {"filter": {}, "limit": 0}, {"filter": {}, "limit": 10**9}, {"filter": {}, "dry_run": "no"}, {"filter": {}, "why": ""},
+    {"filter": {}, "more": 1}, [],
+])  # fmt: skip
+def test_bodies_that_cannot_be_used_are_refused(app: Flask, inbox: Inbox, document: Any, body: Any) -> None:
+    answer = call(app, inbox.token("ci", "operator"), "/actions/dead-letters.discard", body)
+    assert answer.status_code == 400
+    check(document, "/actions/{name}", answer)
+
+
+def test_a_viewers_token_does_nothing_and_sees_no_bodies(app: Flask, inbox: Inbox) -> None:
+    made = show_case(inbox)
+    token = inbox.token("ci", "viewer")
+    assert (
+        call(app, token, "/actions/dead-letters.discard", {"filter": {}, "dry_run": False}).status_code == 403
+    )
+    assert call(app, token, "/deliveries?text=evil").status_code == 400
+    row = call(app, token, f"/deliveries/{made['evil']}").json
+    assert "body_base64" not in row
+    assert "headers" not in row
+
+
+def test_a_session_is_no_token(operator: FlaskClient) -> None:
+    assert get(operator, API + "/overview").status_code == 401
+
+
+# Live
+
+
+def test_live_goes_on_where_it_stopped(inbox: Inbox, tmp_path: Path) -> None:
+    inbox.account("maria", "operator")
+    first = inbox.deliver("before")
+    with website(inbox.url, tmp_path / "log", CONSOLE_SECURE_COOKIES="false") as site:
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        csrf = form_of(opener.open(site.address + "/login").read().decode())
+        opener.open(
+            site.address + "/login", f"csrf={csrf}&name=maria&password={PASSWORD.replace(' ', '+')}".encode()
+        )
+
+        def follow(last: int, number: int) -> list[int]:
+            request = urllib.request.Request(
+                site.address + "/live/events", headers={"Last-Event-ID": str(last)}
+            )
+            with opener.open(request, timeout=20) as stream:
+                found: list[int] = []
+                while len(found) < number:
+                    line = stream.readline().decode()
+                    if line.startswith("id: "):
+                        found.append(int(line[4:]))
+                return found
+
+        later: list[int] = []
+        timer = threading.Timer(1.5, lambda: later.append(inbox.deliver("during")))
+        timer.start()
+        assert follow(first, 1) == [first + 1]
+        timer.join()
+        assert later == [first + 1]
+        missed = [inbox.deliver("while away"), inbox.deliver("while away, too")]
+        assert follow(first + 1, 2) == missed
+        started = time.monotonic()
+        assert site.stop() == 0
+        assert time.monotonic() - started < 15
+        assert PASSWORD not in site.log()
+
+
+def test_what_is_committed_late_is_not_missed(inbox: Inbox) -> None:
+    late = psycopg.connect(inbox.url)
+    now = [0.0]
+
+    class Lent:
+        def __enter__(self) -> Any:
+            return inbox.connection
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    tail = live.Tail(Lent, 0, lambda row: b"", lambda: now[0], lambda _: None)
+    held = late.execute(
+        "insert into webhook.deliveries (source, request_id, dedup_key, status, body, body_sha256) "
+        "values ('fal', 'slow', 'k', 'completed', '{}', repeat('0', 64)) returning id"
+    ).fetchone()
+    quick = inbox.deliver("quick")
+    assert [row["id"] for row in tail.look()] == [quick]
+    now[0] = 2.0
+    late.commit()
+    late.close()
+    assert held is not None
+    assert [row["id"] for row in tail.look()] == [held[0]]
+    now[0] = 20.0
+    assert tail.look() == []
+
+
+# Rollups
+
+
+def test_rollups_count_each_five_minutes(inbox: Inbox) -> None:
+    start = rollups.start_of(datetime.now(UTC))
+    ago = (datetime.now(UTC) - (start - timedelta(minutes=8))).total_seconds()
+    for status in ("completed", "completed", "failed"):
+        inbox.deliver(f"r-{status}-{time.monotonic_ns()}", status, ago=ago)
+    inbox.deliver("dead", state="dead", ago=ago)
+    with connect(inbox.url, "test") as connection:
+        assert rollups.count(connection, datetime.now(UTC)) == 3 + rollups.AT_ONCE
+        while rollups.count(connection, datetime.now(UTC)) > 3:
+            pass
+    row = inbox.connection.execute(
+        "select deliveries, failed, done, dead, latency_p50 from webhook.rollups where deliveries > 0"
+    ).fetchall()
+    assert [(*item[:4], round(item[4], 2)) for item in row] == [(4, 1, 3, 1, 0.4)]
+    assert inbox.one("select count(*) from webhook.rollups") == 288

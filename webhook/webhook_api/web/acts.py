@@ -1,0 +1,82 @@
+"""What operators do: first a preview with the count, then the deed. Each is a form of the session that showed it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, abort, g, redirect, render_template, request, url_for
+from werkzeug.wrappers import Response as Answer
+
+from webhook_api.console import Filter
+from webhook_api.web import deeds, gate, lists
+from webhook_api.web.pages import asked
+
+BACK = {"dead-letters": "pages.dead_letters", "parked": "pages.parked", "events": "pages.deliveries"}
+
+blueprint = Blueprint("acts", __name__)
+
+
+def _wanted() -> tuple[Filter, dict[str, str]]:
+    """The filter of a form: one delivery by its number, or what the fields say."""
+    try:
+        identifier = lists.key_of(request.form.get("id"))
+    except lists.FilterInvalid:
+        abort(400, "filter")
+    if identifier is not None:
+        return lists.only(identifier), {"id": str(identifier)}
+    wanted, values, fault = asked(request.form)
+    if fault:
+        abort(400, "filter")
+    return wanted, lists.fixed(wanted, values)
+
+
+@blueprint.post("/actions/<name>/preview")
+@gate.page
+@gate.operators
+def preview(name: str) -> str:
+    """How many it would be, and the first of them."""
+    if name not in deeds.NAMES:
+        abort(404)
+    wanted, values = _wanted()
+    with gate.services().read() as connection:
+        found = deeds.preview(connection, deeds.action(name, wanted), wanted)
+    return render_template(
+        "preview.html", at=name.partition(".")[0], name=name, values=values, found=found,
+        limit=min(found["matched"], deeds.MOST), back=_back(name, values),
+    )  # fmt: skip
+
+
+@blueprint.post("/actions/<name>")
+@gate.page
+@gate.operators
+def act(name: str) -> Answer | str:
+    """Do it to no more than the preview has counted, the oldest first."""
+    if name not in deeds.NAMES:
+        abort(404)
+    wanted, values = _wanted()
+    try:
+        limit = lists.key_of(request.form.get("limit")) or 0
+    except lists.FilterInvalid:
+        abort(400, "filter")
+    why = request.form.get("why", "").replace("\x00", "").strip()[: deeds.WHY_MOST] or None
+    services = gate.services()
+    with services.write() as connection:
+        deed = deeds.action(name, wanted, why)
+        done = deeds.do(connection, deed, wanted, limit, g.who, services.settings.instance_id)
+    return render_template(
+        "done.html", at=name.partition(".")[0], name=name, done=done, back=_back(name, values), values=values
+    )
+
+
+def _back(name: str, values: dict[str, Any]) -> str:
+    if "id" in values:
+        return url_for("pages.delivery", identifier=int(values["id"]))
+    return url_for(BACK[name.partition(".")[0]], **values)
+
+
+@blueprint.get("/actions/<name>/preview")
+@blueprint.get("/actions/<name>")
+@gate.page
+def nothing(name: str) -> Answer:
+    """A page that was loaded again after the login: nothing is done by looking."""
+    return redirect(url_for(BACK.get(name.partition(".")[0], "pages.index")))

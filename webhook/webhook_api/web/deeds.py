@@ -1,0 +1,79 @@
+"""What operators do from the console: the same actions as the command line's, in the same audit, by their account."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from webhook_api import actions, audit
+from webhook_api.actions import DEAD_LETTERS, Action, Done
+from webhook_api.console import COUNTED_MAX, Filter, counted, listed, resolved
+from webhook_api.db import Connection
+from webhook_api.web.accounts import Who
+
+NAMES: Final = (
+    "dead-letters.replay",
+    "dead-letters.discard",
+    "parked.retry",
+    "parked.discard",
+    "events.replay",
+)
+MOST: Final = 1000
+"""Deliveries that one click changes."""
+PREVIEW: Final = 10
+WHY_MOST: Final = 200
+
+
+class DeedUnknown(ValueError):
+    """There is no such action."""
+
+
+def action(name: str, wanted: Filter, why: str | None = None) -> Action:
+    """The action of a name. Raises DeedUnknown."""
+    if name in ("dead-letters.replay", "dead-letters.discard"):
+        eligible, left_out = actions.without_asides(DEAD_LETTERS, wanted)
+        if name.endswith("discard"):
+            return actions.discard(name, eligible, why, left_out)
+        return actions.replay(name, eligible, (), _effects(), left_out)
+    if name == "parked.retry":
+        return actions.retry()
+    if name == "parked.discard":
+        return actions.discard(name, "d.state = 'parked'", why)
+    if name == "events.replay":
+        eligible, left_out = actions.without_asides("d.state in ('dead', 'retry', 'parked')", wanted)
+        return actions.replay(name, eligible, (), _effects(), left_out)
+    raise DeedUnknown(name)
+
+
+def _effects() -> list[str]:
+    from webhook_api.effects import ORDER
+
+    return [effect.name for effect in ORDER]
+
+
+def preview(connection: Connection, deed: Action, wanted: Filter) -> dict[str, Any]:
+    """How many it would be done to, the first of them, and how many that were kept aside are left out."""
+    wanted = resolved(connection, wanted)
+    states = counted(connection, wanted, f"({deed.eligible})")
+    left_out = counted(connection, wanted, f"({deed.left_out})") if deed.left_out else {}
+    matched = sum(states.values())
+    return {
+        "action": deed.name,
+        "matched": matched,
+        "more_than_counted": matched > COUNTED_MAX,
+        "states": states,
+        "left_out": sum(left_out.values()),
+        "limit": MOST,
+        "preview": listed(connection, wanted, limit=PREVIEW, oldest_first=True, extra=f"({deed.eligible})"),
+    }
+
+
+def do(connection: Connection, deed: Action, wanted: Filter, limit: int, who: Who, instance: str) -> Done:
+    """Do it to the oldest ``limit`` that match, and record who did."""
+    operation = audit.Operation(who.name, instance, deed.name, {**wanted.said(), "by": "console"})
+    return actions.perform(connection, deed, resolved(connection, wanted), min(limit, MOST), operation)
+
+
+def note(connection: Connection, name: str, who: str, instance: str, **detail: Any) -> None:
+    """Record a deed that changes no delivery, such as a login that failed."""
+    with connection.transaction():
+        audit.record(connection, audit.Operation(who, instance, name), 0, (), detail)
