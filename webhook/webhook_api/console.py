@@ -198,6 +198,38 @@ def listed(
     return rows(cursor)
 
 
+def listed_by_time(
+    connection: Connection,
+    wanted: Filter,
+    *,
+    limit: int,
+    after: int | None = None,
+    oldest_first: bool = False,
+) -> list[dict[str, Any]]:
+    """One page in the order of arrival, for a window of time whose rows mostly match: it is read from one end.
+
+    ``after`` is the id at which the last page ended. Where that row is gone there is no page.
+    """
+    direction, beyond = ("asc", ">") if oldest_first else ("desc", "<")
+    values = {**wanted.parameters(), "after": after, "limit": limit}
+    key = "true"
+    if after is not None:
+        found = connection.execute(
+            "select first_seen_at from webhook.deliveries where id = %s", (after,)
+        ).fetchone()
+        if found is None:
+            return []
+        values["at"] = found[0]
+        # The first part is what the index on times takes.
+        key = f"d.first_seen_at {beyond}= %(at)s and (d.first_seen_at, d.id) {beyond} (%(at)s, %(after)s)"
+    cursor = connection.execute(
+        f"{_SELECT} from webhook.deliveries d where {wanted.where()} and {key} "
+        f"order by d.first_seen_at {direction}, d.id {direction} limit %(limit)s",
+        values,
+    )
+    return rows(cursor)
+
+
 def order_key(wanted: Filter, extra: str) -> str:
     """What to order by. An expression keeps the planner from following the primary key for a handful of rows."""
     return "d.id + 0" if wanted.narrow or (extra != "true" and "done" not in extra) else "d.id"

@@ -247,6 +247,34 @@ def test_pages_are_followed_by_key_while_rows_arrive(operator: FlaskClient, inbo
     assert 'rel="next"' not in third
 
 
+def test_a_window_of_time_is_followed_in_the_order_of_arrival(operator: FlaskClient, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}", ago=7000.0 - index) for index in range(110)]
+    drained = inbox.deliver("from the spool")
+    inbox.connection.execute(
+        "update webhook.deliveries set first_seen_at = now() - interval '2 hours' + id * interval '1 second' where id <> %s",
+        (drained,),
+    )
+    inbox.connection.execute(
+        "update webhook.deliveries set first_seen_at = (select first_seen_at + interval '0.5 seconds' "
+        "from webhook.deliveries where id = %s) where id = %s",
+        (made[4], drained),
+    )
+    inbox.deliver("too old", ago=90_000.0)
+    inbox.deliver("too new", ago=5.0)
+    until = (datetime.now(UTC) - timedelta(minutes=5)).strftime("%Y-%m-%dT%H:%M:%S%%2B00:00")
+    wanted = [*made[:5], drained, *made[5:]]
+    text, found, link = "", [], f"/deliveries?since=3h&until={until}&state=done"
+    while link:
+        text = get(operator, link).text
+        found += ids(text)
+        older = re.search(r'href="([^"]+)" rel="next"', text)
+        link = older[1].replace("&amp;", "&") if older else ""
+    assert found == wanted[::-1]
+    newer = re.search(r'href="([^"]+)" rel="prev"', text)
+    assert newer
+    assert ids(get(operator, newer[1].replace("&amp;", "&")).text) == wanted[::-1][50:100]
+
+
 FILTERS = [
     ("state=dead", {"dead", "evil", "aside"}), ("status=failed&state=dead", {"evil"}), ("aside=stale", {"aside"}),
     ("text=diffusers_lora_file", {"done"}), ("request_id=stale-5d41402a", {"aside"}), ("reason=object_refused", {"dead"}),

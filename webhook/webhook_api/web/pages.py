@@ -27,6 +27,9 @@ def asked(given: Any = None) -> tuple[Filter, dict[str, str], str]:
         values = lists.values_of(request.values if given is None else given)
     except lists.FilterInvalid as error:
         return lists.only(0), {}, error.field
+    if values.get("text") and not {"since", "request_id"} & set(values):
+        # Said in the form as well: who finds nothing must see where it was looked for.
+        values["since"] = f"{lists.TEXT_WITHIN.seconds // 3600}h"
     try:
         return lists.read_filter(values, g.words.zone, bodies=g.who.operator), values, ""
     except lists.FilterInvalid as error:
