@@ -388,8 +388,8 @@ class Rollout:
             self._take_all_in(current)
             for name in back.remove:
                 self._project(current).clear(name)
-            if self._store.linked("current") != current.id:
-                self._store.activate(current.id)
+            # `staged` as well: a run that renders nothing is not to try the release again that has just failed.
+            self._store.activate(current.id)
         self._final(current, self._patient())
         return [service.name for service in back.replace], secrets
 

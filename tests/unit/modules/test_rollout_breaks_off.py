@@ -61,6 +61,7 @@ def test_a_release_that_crashes_anywhere_is_rolled_back(make, service):
     with pytest.raises(RolloutError, match="crashes again and again") as caught:
         world.run(new)
     assert caught.value.evidence["rolled_back"] is True
+    assert world.store.linked("staged") == world.store.linked("current"), "the next run does not try it again"
     assert caught.value.evidence["container"]["log"] == ["last words"]
     assert world.state() == world.at(old)
 
