@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from itertools import combinations
 from typing import Any, Protocol
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -173,14 +174,29 @@ def _overlaps(wanted: str, held: str) -> bool:
     return wanted in _WILDCARDS or held in _WILDCARDS or wanted == held
 
 
+def _named_twice(wishes: Sequence[PortWish]) -> dict[int, str]:
+    """Ports that two parts of the stack are to have, and what is said of each. nginx may have one for two purposes."""
+    return {
+        one.port: f"Port {one.port} is named twice in the inventory, for {one.purpose} and for {other.purpose}: "
+        "choose another one for either"
+        for one, other in combinations(wishes, 2)
+        if one.port == other.port
+        and one.containers != other.containers
+        and _overlaps(one.address, other.address)
+    }
+
+
 def port_faults(wishes: Sequence[PortWish], holders: Sequence[Holder], *, sees_all: bool) -> Findings:
     """Ports that somebody else holds.
 
     :param sees_all: whether the owners of all sockets could be found out. Where they could not, a port that is held
         may well be held by the stack itself: a warning, not a fault.
     """
-    findings = Findings()
+    twice = _named_twice(wishes)
+    findings = Findings(faults=list(twice.values()))
     for wish in wishes:
+        if wish.port in twice:
+            continue  # who holds it is the other of the two
         held = [
             h for h in holders if h.listener.port == wish.port and _overlaps(wish.address, h.listener.address)
         ]

@@ -240,6 +240,17 @@ def test_our_own_network_and_its_bridges_route_are_no_overlap() -> None:
     assert subnet_faults({"cluster": "172.31.240.0/24"}, [OURS], routes) == []
 
 
+def test_a_port_that_two_parts_are_to_have_is_named_and_nobody_is_told_to_stop_the_other() -> None:
+    one, two = (PortWish(8001, "127.0.0.1", f"API instance {n}", (f"*api-{n}*",)) for n in (1, 2))
+    held = Holder(Listener("127.0.0.1", 8001), container="aisha-webhook-api-1")
+    (fault,) = port_faults([one, two], [held], sees_all=True).faults
+    assert fault.startswith(
+        "Port 8001 is named twice in the inventory, for API instance 1 and for API instance 2"
+    )
+    same = [PortWish(443, "", purpose, ("*nginx*",)) for purpose in ("https", "https for fal")]
+    assert port_faults(same, [], sees_all=True).faults == []
+
+
 def test_with_the_engine_down_its_bridge_with_our_subnet_is_ours() -> None:
     """Containers go on without their engine, and so does their network: the run that is to start it again must not stop."""
     ours, larger = ipaddress.ip_network("172.31.240.0/24"), ipaddress.ip_network("172.31.240.0/20")
