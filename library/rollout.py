@@ -236,7 +236,7 @@ container:
   returned: on failure
   type: dict
 reason:
-  description: V(no_release), V(damaged), V(bad_release), V(locked), V(image_missing), V(edge_refused),
+  description: V(bad_setting), V(no_release), V(damaged), V(bad_release), V(locked), V(image_missing), V(edge_refused),
     V(rehearsal_failed), V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed),
     V(no_other_instance), V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
   returned: on failure
@@ -318,7 +318,7 @@ def settings(params: dict) -> Settings:
     gate, drain = params["gate"], params["drain"]
     return Settings(
         site_dir=Path(params["site_dir"]),
-        gate_count=max(gate["count"], 1),
+        gate_count=gate["count"],
         gate_interval=max(gate["interval"], 0.05),
         gate_timeout=gate["timeout"],
         drain_seconds=drain["seconds"],

@@ -15,8 +15,9 @@ COMPOSE_FILE = "docker-compose.webhook.prod.yml"
 class RolloutError(Exception):
     """A rollout cannot go on. `str()` gives fault and remedy.
 
-    `reason`: no_release, damaged, bad_release, locked, image_missing, edge_refused, rehearsal_failed, migration_failed,
-    start_failed, unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted, engine, io, defect.
+    `reason`: bad_setting, no_release, damaged, bad_release, locked, image_missing, edge_refused, rehearsal_failed,
+    migration_failed, start_failed, unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted,
+    engine, io, defect.
     """
 
     def __init__(
@@ -166,6 +167,10 @@ def _service(entry: Mapping[str, Any]) -> Service:
     )
 
 
+AT_LEAST = {"gate_count": 1, "gate_interval": 0, "drain_seconds": 0, "drain_settle": 0, "wait": 0}
+MORE_THAN_0 = ("gate_timeout", "health_timeout", "migrate_timeout")
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run was asked for. Times in seconds."""
@@ -191,3 +196,16 @@ class Settings:
     wait: float = 60.0
     settle: bool = True
     probe: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """`RolloutError` (bad_setting) names every number with which a gate would be none, or a wait without end."""
+        low = [f"{name} is {getattr(self, name):g}, at least {least}" for name, least in AT_LEAST.items()
+               if getattr(self, name) < least]  # fmt: skip
+        low += [
+            f"{name} is {getattr(self, name):g}, more than 0"
+            for name in MORE_THAN_0
+            if getattr(self, name) <= 0
+        ]
+        if low:
+            remedy = "Correct them in the inventory (rollout_gate_count and so on: docs/configuration.md)"
+            raise RolloutError("bad_setting", "; ".join(low), remedy)

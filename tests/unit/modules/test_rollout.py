@@ -65,6 +65,22 @@ def test_a_release_that_does_not_say_enough_is_refused_by_name(key):
     assert key in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gate_count", 0),
+        ("gate_interval", -1),
+        ("gate_timeout", -5),
+        ("health_timeout", 0),
+        ("drain_seconds", -1),
+    ],
+)
+def test_a_number_with_which_a_gate_would_be_none_is_refused(tmp_path, name, value):
+    with pytest.raises(RolloutError, match=f"{name} is {value}") as caught:
+        Settings(site_dir=tmp_path, **{name: value})
+    assert caught.value.reason == "bad_setting"
+
+
 def test_a_release_without_an_instance_is_none():
     with pytest.raises(RolloutError, match="at least one instance"):
         release(instances=0)
