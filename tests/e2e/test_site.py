@@ -16,6 +16,7 @@ from tests.support.sites import Site
 from .conftest import Stack, docker
 
 pytestmark = pytest.mark.e2e
+PARTIAL_RUNS = ("engine", "images", "build", "push", "stack", "edge", "rollout", "verify", "update")
 
 
 def state(stack: Stack, *, records: bool = True) -> dict[str, str]:
@@ -62,7 +63,12 @@ def test_dry_run_of_a_change_says_so_and_touches_nothing(stack: Stack) -> None:
     assert state(stack) == before
 
 
-@pytest.mark.parametrize("tag", site_tags())
+def tag_case(tag: str) -> object:
+    """Partial runs that the guide names are part of every test run; the others, of the long one."""
+    return pytest.param(tag, marks=[] if tag in PARTIAL_RUNS else [pytest.mark.cluster])
+
+
+@pytest.mark.parametrize("tag", [tag_case(tag) for tag in site_tags()])
 def test_every_tag_works_alone_and_changes_nothing(stack: Stack, tag: str) -> None:
     recap = stack.site.site("--tags", tag).must_pass().recap
     assert recap["changed"] == 0, tag
