@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import psycopg
 import pytest
 
 from tests.support.rollouts import Done, Host, docker, of_kind, patient
@@ -68,23 +67,11 @@ def stream(host: Host) -> Callable[..., Steady]:
     return begin
 
 
-def stored_once(host: Host, stream: Steady, seconds: float = 120) -> None:
+def stored_once(host: Host, stream: Steady) -> None:
     """Assert that every delivery that was answered with 200 is one row; what stands in the spool is on its way."""
     password = host.site.secret("postgres_password")
     address = f"postgresql://postgres:{password}@127.0.0.1:{PORTS['backends_postgres_port']}/aisha"
-    deadline = time.monotonic() + seconds
-    while True:
-        with psycopg.connect(address) as connection:
-            found = connection.execute(
-                "SELECT request_id FROM webhook.deliveries WHERE request_id LIKE %s", [f"{stream.name}-%"]
-            ).fetchall()
-        rows = [row[0] for row in found]
-        missing = set(stream.accepted) - set(rows)
-        if not missing or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    assert not missing, f"{len(missing)} of {len(stream.accepted)} were answered with 200 and are no row"
-    assert len(rows) == len(set(rows))
+    stream.must_be_stored_once(address)
 
 
 def succeeded(done: Done) -> Done:
