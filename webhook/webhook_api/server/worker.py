@@ -31,6 +31,11 @@ SWEEP_SECONDS: Final = 0.5
 """How often deadlines are looked at."""
 STOP_KEEPALIVE_SECONDS: Final = 2.0
 """How long a stopping worker keeps idle connections for a request that may be on its way (as gthread does)."""
+STOP_QUIET_SECONDS: Final = 0.3
+"""Without a request for so long, nothing is on its way: what sends here is on the same machine, and keeps its connections in
+use or has been told to send elsewhere (docs/rollout.md)."""
+STOP_LOOK_SECONDS: Final = 0.05
+"""How often a stopping worker looks whether it has finished."""
 QUEUE: Final = 64
 """Requests that wait for a thread. More are answered 503 at once."""
 PAGE_THREADS: Final = 4
@@ -83,6 +88,7 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
         self.at_work = 0
         self.underway = 0
         self.held = 0
+        self.begun_at = 0.0
         self.stopping_at: float | None = None
         super().init_process()
 
@@ -114,7 +120,8 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
                 if self.ppid != os.getppid():
                     self.log.info("Parent changed, shutting down: %s", self)
                     self.alive = False
-            self._turn(max(0.0, next_sweep - time.monotonic()))
+            wait = max(0.0, next_sweep - time.monotonic())
+            self._turn(wait if self.alive else min(wait, STOP_LOOK_SECONDS))
         self._close_all()
 
     def _turn(self, timeout: float) -> None:
@@ -150,8 +157,9 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
                 listener.close()
         if now - self.stopping_at > self.cfg.graceful_timeout:
             return True
-        if now - self.stopping_at > STOP_KEEPALIVE_SECONDS:
-            for connection in [c for c in self.connections.values() if c.unused]:
+        quiet = now - max(self.stopping_at, self.begun_at) > STOP_QUIET_SECONDS
+        if quiet or now - self.stopping_at > STOP_KEEPALIVE_SECONDS:
+            for connection in [c for c in self.connections.values() if c.unused and not c.has_bytes()]:
                 self._close(connection)
         return not self.connections
 
@@ -299,6 +307,7 @@ class EventWorker(Worker):  # type: ignore[misc,unused-ignore]
 
     def _begin(self, connection: Connection, request: Request) -> bool:
         """Have a request worked on. Returns whether its answer is out and the connection can go on."""
+        self.begun_at = time.monotonic()
         connection.current = request
         connection.phase = Phase.WORKING
         keep_alive = request.keep_alive and self.alive and bool(self.cfg.keepalive)
