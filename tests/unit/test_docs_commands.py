@@ -68,6 +68,7 @@ DOCKER = {
     "save",
     "stats",
     "stop",
+    "system",
 }
 #: Options of ansible-playbook, and whether a value follows.
 ANSIBLE = {
