@@ -53,7 +53,7 @@ PROGRAMS = {
         "tail",
         "tar",
     ),
-    *("base64", "touch"),
+    *("base64", "ln", "touch"),
 }
 DOCKER = {
     "compose",
@@ -63,12 +63,14 @@ DOCKER = {
     "logs",
     "network",
     "ps",
+    "push",
     "rename",
     "rm",
     "save",
     "stats",
     "stop",
     "system",
+    "tag",
 }
 #: Options of ansible-playbook, and whether a value follows.
 ANSIBLE = {
@@ -76,12 +78,14 @@ ANSIBLE = {
     "--vault-password-file": True, "--limit": True, "-e": True, "-i": True, "--tags": True,
 }  # fmt: skip
 #: Inventories that a page has the reader make.
-OWN_INVENTORIES = {"inventory/mysite"}
+OWN_INVENTORIES = {"inventory/mysite", "inventory/beside"}
 #: Stands for what the reader has to put there.
 PLACEHOLDER = re.compile(r"^[A-Z_]{3,}$|…")
 CONTAINERS = {
     f"aisha-webhook-{name}" for name in ("api-1", "api-2", "worker", "acme", "postgres", "redis", "s3")
 } | {"aisha-nginx-webhook"}
+#: Of the site that docs/moving.md has the reader make beside the old system.
+CONTAINERS |= {"aisha-beside-api-1", "aisha-beside-worker"}
 SITE = "/opt/aisha-webhook/"
 
 
