@@ -53,8 +53,8 @@ Written by `scripts/docs.py` from the roles' `argument_specs.yml`; a test keeps 
 
 DECISIONS_HEAD = """# Decisions
 
-What was decided and why, one file each. Written by `scripts/docs.py` from their titles; a test keeps it true. Reasons for each direct
-dependency: [dependencies](dependencies.md).
+What was decided and why, one file each. Written by `scripts/docs.py` from their titles; a test keeps it true.
+Reasons for each direct dependency: [dependencies](dependencies.md).
 
 """
 
