@@ -215,6 +215,17 @@ def test_the_page_of_the_command_line_has_each_command_and_no_other() -> None:
     assert sorted(listed) == sorted(there)
 
 
+def test_the_bots_page_has_each_field_of_an_entry_and_no_other() -> None:
+    source = (SERVICE / "effects" / "stream.py").read_text()
+    body = source[source.index("def fields(") : source.index("def replay_of(")]
+    made = re.findall(r'"([a-z_]+)": ', body)
+    page = (DOCS / "receiver" / "bot.md").read_text()
+    start = page.index("## An entry")
+    table = page[page.index("| field |", start) : page.index("\n\n", page.index("| field |", start))]
+    assert len(made) == 10
+    assert sorted(code(first_cells(table))) == sorted(made)
+
+
 # -- variables, targets ----------------------------------------------------------------------------------------------------
 
 
