@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes docs/configuration.md from what the roles and the service say of themselves.
+"""Writes docs/configuration.md from the roles' argument_specs.yml, and docs/decisions/README.md from the decisions' titles.
 
-`scripts/docs.py` writes the page, `scripts/docs.py --check` fails when the page is not what it would write.
+`scripts/docs.py` writes both, `scripts/docs.py --check` fails when one is not what it would write.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import yaml
 
 REPO = Path(__file__).resolve().parent.parent
 PAGE = REPO / "docs" / "configuration.md"
+DECISIONS = REPO / "docs" / "decisions" / "README.md"
 ORDER = [
     "site",
     "preflight",
@@ -47,6 +48,14 @@ HEAD = """# Variables of the roles
 Written by `scripts/docs.py` from the roles' `argument_specs.yml`; a test keeps it true. Set variables in the inventory
 (`inventory/<site>/group_vars/all.yml`), or for one run with `-e name=value`. The service's own settings (the environment in
 `prod.env`) are in [settings.md](settings.md).
+"""
+
+
+DECISIONS_HEAD = """# Decisions
+
+What was decided and why, one file each. Written by `scripts/docs.py` from their titles; a test keeps it true.
+Reasons for each direct dependency: [dependencies](dependencies.md).
+
 """
 
 
@@ -100,15 +109,29 @@ def page() -> str:
     return HEAD + "".join(role_section(role) for role in ranked)
 
 
+def decisions() -> str:
+    """The list of decisions: number and title of each."""
+    lines = []
+    for path in sorted(DECISIONS.parent.glob("[0-9]*.md")):
+        found = re.match(r"# (\d{4}):? (.+)", path.read_text())
+        if found is None:
+            raise SystemExit(f"{path.relative_to(REPO)} does not begin with `# NUMBER: title`")
+        number, title = found.groups()
+        lines.append(f"- [{number}]({path.name}) {title}\n")
+    return DECISIONS_HEAD + "".join(lines)
+
+
 def main() -> int:
-    """Write the page, or compare it."""
-    wanted = page()
-    if "--check" in sys.argv[1:]:
-        if not PAGE.exists() or PAGE.read_text() != wanted:
-            print("docs/configuration.md is not what the roles say: run scripts/docs.py", file=sys.stderr)
+    """Write the pages, or compare them."""
+    for path, wanted, source in (
+        (PAGE, page(), "what the roles say"),
+        (DECISIONS, decisions(), "the list of the decisions"),
+    ):
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+        elif not path.exists() or path.read_text() != wanted:
+            print(f"{path.relative_to(REPO)} is not {source}: run scripts/docs.py", file=sys.stderr)
             return 1
-        return 0
-    PAGE.write_text(wanted)
     return 0
 
 

@@ -17,7 +17,11 @@ from webhook_api.cli import main as service
 from tests.support.playbook_tags import site_tags
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted(REPO.glob("docs/*.md"))]
+PAGES = [
+    *(REPO / name for name in ("README.md", "README.ru.md", "CONTRIBUTING.md")),
+    *sorted(REPO.glob("docs/*.md")),
+    *sorted(REPO.glob("docs/receiver/*.md")),
+]
 MAKEFILE = (REPO / "Makefile").read_text()
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
 MAKE_VARIABLES = set(re.findall(r"\$\((?:or \$\(|if \$\()?([A-Z]+)\b", MAKEFILE))
@@ -53,7 +57,7 @@ PROGRAMS = {
         "tail",
         "tar",
     ),
-    *("base64", "touch"),
+    *("base64", "ln", "touch"),
 }
 DOCKER = {
     "compose",
@@ -63,11 +67,14 @@ DOCKER = {
     "logs",
     "network",
     "ps",
+    "push",
     "rename",
     "rm",
     "save",
     "stats",
     "stop",
+    "system",
+    "tag",
 }
 #: Options of ansible-playbook, and whether a value follows.
 ANSIBLE = {
@@ -75,12 +82,14 @@ ANSIBLE = {
     "--vault-password-file": True, "--limit": True, "-e": True, "-i": True, "--tags": True,
 }  # fmt: skip
 #: Inventories that a page has the reader make.
-OWN_INVENTORIES = {"inventory/mysite"}
+OWN_INVENTORIES = {"inventory/mysite", "inventory/beside"}
 #: Stands for what the reader has to put there.
 PLACEHOLDER = re.compile(r"^[A-Z_]{3,}$|…")
 CONTAINERS = {
     f"aisha-webhook-{name}" for name in ("api-1", "api-2", "worker", "acme", "postgres", "redis", "s3")
 } | {"aisha-nginx-webhook"}
+#: Of the site that docs/moving.md has the reader make beside the old system.
+CONTAINERS |= {"aisha-beside-api-1", "aisha-beside-worker"}
 SITE = "/opt/aisha-webhook/"
 
 
@@ -211,6 +220,8 @@ def check_arguments(target: str, words: list[str]) -> None:
             all(word in ("--follow", "--since", "--tail") for word in words if word[0] == "-"),
             f"logs {words}",
         )
+    elif target == "soak":
+        need(all(word in ("-k", "-x", "-v") for word in words if word[0] == "-"), f"soak {words}")
     elif script and target != "up":
         source = (REPO / script.group(0)).read_text()
         for word in words:
@@ -269,7 +280,7 @@ def check_service(words: list[str]) -> None:
         )
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_commands_name_what_is_there(page: Path) -> None:
     faults = []
     for command in commands(page):
@@ -291,6 +302,10 @@ def test_pages_that_are_about_commands_have_some() -> None:
         "supply-chain",
         "tls",
         "troubleshooting",
+        "moving",
+        "updating",
+        "fal-setup",
+        "operations",
     ):
         assert list(commands(REPO / "docs" / f"{name}.md")), name
 
