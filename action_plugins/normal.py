@@ -29,7 +29,6 @@ else:
     VERSION_FITS = version.startswith("2.19.")
 
 
-
 def ansibles_own() -> Any:
     """The class of this name that comes with Ansible: its module's name is taken by this file."""
     spec = importlib.util.spec_from_file_location(

@@ -74,7 +74,7 @@ options:
       interval:
         description: Seconds between two questions.
         type: float
-        default: 0.3
+        default: 0.15
       timeout:
         description: Seconds after which a gate that stays shut has failed.
         type: float
@@ -282,7 +282,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "apply_defaults": True,
         "options": {
             "count": {"type": "int", "default": 3},
-            "interval": {"type": "float", "default": 0.3},
+            "interval": {"type": "float", "default": 0.15},
             "timeout": {"type": "float", "default": 30.0},
         },
     },

@@ -22,7 +22,7 @@ _ANSWERED = "webhook_request_seconds"
 _COUNT = re.compile(rf"^{_ANSWERED}_count\{{([^}}]*)\}} ([0-9.e+]+)$", re.MULTILINE)
 _OWN = re.compile(r'endpoint="[^"]*(health|metrics)"')
 _IN_PROGRESS = re.compile(r"^webhook_deliveries_in_progress ([0-9.e+]+)$", re.MULTILINE)
-QUIET_PAUSE, LOOK = 0.15, 0.5
+QUIET_PAUSE, LOOK, SOON = 0.15, 0.5, 0.05
 
 Load = tuple[float, float | None]
 
@@ -59,6 +59,11 @@ class Instances:
 
     def replace(self, service: Service, release: Release, nginx: str = "") -> None:
         """Bring one service to the release. `nginx`: the container through which it is proven; empty for none."""
+        self.renew(service, release)
+        self.prove(service, release, nginx)
+
+    def renew(self, service: Service, release: Release) -> None:
+        """Make one service's container anew, and start it: `prove` says later whether it is good."""
         self._stop.check()
         if service.kind == "api" and len(release.instances) > 1:
             self._take_out(service, release)
@@ -66,7 +71,6 @@ class Instances:
         with self._journal.step("replace", service.name):
             self._project.clear(service.name)
             self.start([service], release)
-        self.prove(service, release, nginx)
 
     def start(self, services: Sequence[Service], release: Release) -> None:
         """Make and start containers that are not there."""
@@ -81,13 +85,30 @@ class Instances:
 
     def prove(self, service: Service, release: Release, nginx: str = "") -> None:
         """Healthy, of the release, by itself and through nginx; then it is in use."""
+        if service.kind == "api":
+            with self._journal.step("start", service.name), self._stop.waiting():
+                if not self._answers_soon(service):
+                    self.healthy([service])
+            with self._journal.step("gate", service.name), self._stop.waiting():
+                self.gate(service, partial(self._both_ways, service, release, nginx))
         with self._journal.step("health", service.name):
             self.healthy([service])
-        if service.kind != "api":
-            return
-        with self._journal.step("gate", service.name), self._stop.waiting():
-            self.gate(service, partial(self._both_ways, service, release, nginx))
-        self._switches.take_in(service.name)
+        if service.kind == "api":
+            self._switches.take_in(service.name)
+
+    def _answers_soon(self, service: Service) -> bool:
+        """Whether it answers before docker has a verdict. It does within a second, and docker looks once a second: the gate
+        need not wait for that, and what never answers is docker's to explain."""
+        deadline = self._clock() + self._settings.health_timeout
+        while self._clock() < deadline:
+            if self._answers(service):
+                return True
+            state = (self._engine.inspect(service.container) or {"State": {}})["State"]
+            if state.get("Status") != "running" or (state.get("Health") or {}).get("Status") != "starting":
+                return False
+            self._stop.check()
+            self._sleep(SOON)
+        return False
 
     def _both_ways(self, service: Service, release: Release, nginx: str) -> str:
         fault: str = self._asking.instance(service, release)

@@ -234,14 +234,23 @@ class Rollout:
             service_out = release.service(name)
             if service_out is not None:
                 instances.prove(service_out, release, control)
-        for task in plan.instances:
-            service = task.service
-            through = control if edge.knows(control, service.name) else ""
-            instances.replace(service, release, through)
+        # What shows that a release is bad is an instance that no client has met yet, and not the worker's effects.
+        for task in plan.instances[:1]:
+            self._replace_instance(task.service, release, edge, instances, control)
+        # The worker becomes healthy while the other instances take their turn.
         for task in plan.others:
-            instances.replace(task.service, release)
+            instances.renew(task.service, release)
+        for task in plan.instances[1:]:
+            self._replace_instance(task.service, release, edge, instances, control)
+        for task in plan.others:
+            instances.prove(task.service, release)
         if plan.edge:
             self._replace_edge(release, edge)
+
+    def _replace_instance(
+        self, service: Service, release: Release, edge: Edge, instances: Instances, control: str
+    ) -> None:
+        instances.replace(service, release, control if edge.knows(control, service.name) else "")
 
     def _replace_edge(self, release: Release, edge: Edge) -> None:
         """Where clients have an nginx, the new one shows first, out of their sight, that it leads to the release."""

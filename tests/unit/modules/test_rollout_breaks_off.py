@@ -50,7 +50,7 @@ def calls(make, **bad):
 
 def test_a_run_brings_the_host_to_the_release_and_a_second_one_changes_nothing(make):
     world, _, new = make()
-    assert world.run(new)["record"]["changed"] == ["api-1", "api-2", "worker", "nginx"]
+    assert world.run(new)["record"]["changed"] == ["api-1", "worker", "api-2", "nginx"]
     assert world.state() == world.at(new)
     assert world.run(new)["changed"] is False
 

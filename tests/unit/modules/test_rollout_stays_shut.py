@@ -170,9 +170,15 @@ def test_while_nginx_cannot_be_asked_no_instance_is_replaced_behind_it(make, mon
 
 def test_the_way_back_is_not_held_up_by_an_nginx_that_cannot_be_asked(make, monkeypatch):
     world, old, new = make(new={"worker": {"crash": True}})
-    worker_begun, asked, tick = [], World.run_in, world.tick
-    world.tick = lambda: (_says(world, "worker") == "new" and worker_begun.append(True)) or tick()
-    monkeypatch.setattr(World, "run_in", lambda *args: (_deaf if worker_begun else asked)(*args))
+    proven, asked, tick = [], World.run_in, world.tick
+
+    def look():
+        if _says(world, "api-2") == "new" and not switches(world):
+            proven.append(True)
+        return tick()
+
+    world.tick = look
+    monkeypatch.setattr(World, "run_in", lambda *args: (_deaf if proven else asked)(*args))
     with pytest.raises(RolloutError, match="crashes again and again"):
         world.run(new)
     assert world.result() == "rolled_back"
