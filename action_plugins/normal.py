@@ -3,7 +3,7 @@
 
 Ansible makes a module's archive anew in each run, sends it with each call, and compiles all of it on the host each time:
 about 0.4 s a call. Here a call sends a page of text and the parameters; what is not kept, or can't be, runs as ever
-(docs/decisions/0526-modules-are-kept-on-the-host.md, with what was measured).
+(docs/decisions/0525-modules-are-kept-on-the-host.md, with what was measured).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ansible.plugins import action
 from ansible.release import __version__ as version
 
 try:
-    from ansible.executor.module_common import _BuiltModule, _get_shebang
     from ansible.executor.module_common import InterpreterDiscoveryRequiredError as NotFoundYet
+    from ansible.executor.module_common import _BuiltModule, _get_shebang
     from ansible.module_utils.common.json import Direction, get_module_encoder
 except ImportError:
     VERSION_FITS = False
@@ -34,7 +34,8 @@ def ansibles_own() -> Any:
     spec = importlib.util.spec_from_file_location(
         "ansibles_own_normal", Path(action.__path__[0], "normal.py")
     )
-    assert spec and spec.loader
+    if spec is None or spec.loader is None:
+        raise ImportError(f"Ansible {version} has no action plugin normal.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.ActionModule
@@ -59,7 +60,7 @@ class ActionModule(ansibles_own()):  # type: ignore[misc]
         self,
         module_name: str | None = None,
         module_args: dict[str, Any] | None = None,
-        tmp: Any = None,
+        tmp: Any = None,  # noqa: ARG002  (Ansible's signature)
         task_vars: dict[str, Any] | None = None,
         wrap_async: bool = False,
         **others: Any,

@@ -3,7 +3,7 @@
 
 The action plugin `normal` sends this file's own text to the host, in the place of Ansible's wrapper: nothing but the
 standard library may be imported here. Kept is what Ansible's wrapper would have unpacked, with the bytecode that Python
-then writes beside it (docs/decisions/0526-modules-are-kept-on-the-host.md).
+then writes beside it (docs/decisions/0525-modules-are-kept-on-the-host.md).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def refuse(reason: str) -> None:
 
 
 def kept(directory: str, module: str) -> str:
-    """The name under which a kept module is imported. Raises FileNotFoundError, or PermissionError for what others can write."""
+    """The name under which a kept module is imported. FileNotFoundError, or PermissionError for what others can write."""
     root = os.lstat(PLACE)
     if not stat.S_ISDIR(root.st_mode) or root.st_uid != os.geteuid() or root.st_mode & 0o077:
         raise PermissionError(f"{PLACE} is not a directory of root's alone")
