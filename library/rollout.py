@@ -62,6 +62,12 @@ options:
     description: Version of the source, for the record.
     type: str
     default: ''
+  expect_current:
+    description:
+      - Id of the release that C(current) has to name when the run has the lock. Another one means that somebody deployed
+        while this run waited; then it changes nothing and fails. Empty for any.
+    type: str
+    default: ''
   gate:
     description: When a gate opens.
     type: dict
@@ -91,7 +97,7 @@ options:
       settle:
         description: Seconds that it is left alone at least.
         type: float
-        default: 0.5
+        default: 0.2
   keepalive:
     description: Seconds at most that an old nginx is left its connections. Default is what the release says.
     type: float
@@ -276,6 +282,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "controller": {"type": "str", "default": ""},
     "reason": {"type": "str", "default": ""},
     "version": {"type": "str", "default": ""},
+    "expect_current": {"type": "str", "default": ""},
     "gate": {
         "type": "dict",
         "default": {},
@@ -292,7 +299,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "apply_defaults": True,
         "options": {
             "seconds": {"type": "float", "default": 10.0},
-            "settle": {"type": "float", "default": 0.5},
+            "settle": {"type": "float", "default": 0.2},
         },
     },
     "keepalive": {"type": "float", "default": 0.0},
@@ -314,7 +321,7 @@ FAULTS = (RolloutError, EngineError, DockerError, ReleaseError)
 def settings(params: dict) -> Settings:
     """The parameters as the rollout takes them."""
     same = ("kind", "run", "host", "owner", "controller", "reason", "version", "keepalive", "health_timeout")
-    same += ("migrate_timeout", "log_lines", "docker_config", "wait", "settle")
+    same += ("migrate_timeout", "log_lines", "docker_config", "wait", "settle", "expect_current")
     gate, drain = params["gate"], params["drain"]
     return Settings(
         site_dir=Path(params["site_dir"]),

@@ -57,9 +57,19 @@ class Instances:
         self._switches, self._journal, self._stop, self._settings = switches, journal, stop, settings
         self._clock, self._sleep = clock, sleep
 
-    def replace(self, service: Service, release: Release, nginx: str = "") -> None:
-        """Bring one service to the release. `nginx`: the container through which it is proven; empty for none."""
+    def replace(
+        self,
+        service: Service,
+        release: Release,
+        nginx: str = "",
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Bring one service to the release. `nginx`: the container through which it is proven; empty for none.
+
+        `meanwhile`: what may be done while it starts.
+        """
         self.renew(service, release)
+        meanwhile()
         self.prove(service, release, nginx)
 
     def renew(self, service: Service, release: Release) -> None:

@@ -16,8 +16,8 @@ class RolloutError(Exception):
     """A rollout cannot go on. `str()` gives fault and remedy.
 
     `reason`: bad_setting, no_release, damaged, bad_release, locked, image_missing, edge_refused, rehearsal_failed,
-    migration_failed, start_failed, unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, interrupted,
-    engine, io, defect.
+    migration_failed, start_failed, unhealthy, wrong_release, gate_failed, no_other_instance, probe_failed, moved_on,
+    interrupted, engine, io, defect.
     """
 
     def __init__(
@@ -184,10 +184,10 @@ class Settings:
     reason: str = ""
     version: str = ""
     gate_count: int = 3
-    gate_interval: float = 0.3
+    gate_interval: float = 0.15
     gate_timeout: float = 30.0
     drain_seconds: float = 10.0
-    drain_settle: float = 0.5
+    drain_settle: float = 0.2
     health_timeout: float = 90.0
     migrate_timeout: float = 1800.0
     log_lines: int = 30
@@ -195,6 +195,7 @@ class Settings:
     keepalive: float = 0.0
     wait: float = 60.0
     settle: bool = True
+    expect_current: str = ""
     probe: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

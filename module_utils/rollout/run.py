@@ -159,6 +159,7 @@ class Rollout:
                 raise _as_error(error) from error
 
     def _run(self, target: Release) -> dict[str, Any]:
+        self._check_current(target)
         current = self.current(target)
         interrupted = self._journal.recover()
         if interrupted:
@@ -184,6 +185,19 @@ class Rollout:
             raise self._failed(_as_error(error), target, current) from error
         kept = self._settle(target)
         return self._result(plan, self._recorded("done", self._settings.reason), kept, changed=True)
+
+    def _check_current(self, target: Release) -> None:
+        """Under the lock: while this run waited for it, another one may have deployed, and the release of before would be
+        another one than was meant."""
+        expected, found = self._settings.expect_current, self._store.linked("current")
+        if expected and found != expected:
+            raise RolloutError(
+                "moved_on",
+                f"While this run waited for the lock, release {found} came after {expected}, so the release of before is "
+                "another one now. Nothing was changed",
+                'Look (make rollback ARGS="-e list=true") and say which one: '
+                f"-e release={target.id} for the one that was meant",
+            )
 
     def _bring(self, plan: RolloutPlan, edge: Edge, instances: Instances) -> None:
         release = plan.release
@@ -234,23 +248,22 @@ class Rollout:
             service_out = release.service(name)
             if service_out is not None:
                 instances.prove(service_out, release, control)
-        # What shows that a release is bad is an instance that no client has met yet, and not the worker's effects.
-        for task in plan.instances[:1]:
-            self._replace_instance(task.service, release, edge, instances, control)
-        # The worker becomes healthy while the other instances take their turn.
-        for task in plan.others:
-            instances.renew(task.service, release)
-        for task in plan.instances[1:]:
-            self._replace_instance(task.service, release, edge, instances, control)
+        others = [task.service for task in plan.others]
+
+        def renew_others() -> None:
+            while others:
+                instances.renew(others.pop(0), release)
+
+        for number, task in enumerate(plan.instances):
+            through = control if edge.knows(control, task.service.name) else ""
+            # What shows that a release is bad is an instance that no client has met yet, and not the worker's effects: the
+            # worker's turn is while the second instance starts.
+            instances.replace(task.service, release, through, renew_others if number else lambda: None)
+        renew_others()
         for task in plan.others:
             instances.prove(task.service, release)
         if plan.edge:
             self._replace_edge(release, edge)
-
-    def _replace_instance(
-        self, service: Service, release: Release, edge: Edge, instances: Instances, control: str
-    ) -> None:
-        instances.replace(service, release, control if edge.knows(control, service.name) else "")
 
     def _replace_edge(self, release: Release, edge: Edge) -> None:
         """Where clients have an nginx, the new one shows first, out of their sight, that it leads to the release."""

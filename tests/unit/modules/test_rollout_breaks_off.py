@@ -50,7 +50,7 @@ def calls(make, **bad):
 
 def test_a_run_brings_the_host_to_the_release_and_a_second_one_changes_nothing(make):
     world, _, new = make()
-    assert world.run(new)["record"]["changed"] == ["api-1", "worker", "api-2", "nginx"]
+    assert world.run(new)["record"]["changed"] == ["api-1", "api-2", "worker", "nginx"]
     assert world.state() == world.at(new)
     assert world.run(new)["changed"] is False
 
@@ -153,3 +153,23 @@ def test_asked_to_end_at_any_call_it_is_wholly_at_one_of_the_two(make):
         ended.append(world.result())
         assert world.state() == world.at(new if ended[-1] == "done" else old), number
     assert ended.count("rolled_back") > 20 // EVERY
+
+
+def test_the_worker_of_a_release_whose_first_instance_is_bad_never_starts(make):
+    world, old, new = make(api_1={"crash": True})
+    with pytest.raises(RolloutError, match=r"put back \(api-1\)"):
+        world.run(new)
+    assert world.state() == world.at(old)
+
+
+def test_a_way_back_that_was_meant_from_another_release_touches_nothing(make):
+    world, old, new = make()
+    world.options["expect_current"] = "r-000000000000"
+    calls = world.calls
+    with pytest.raises(RolloutError, match=f"release {old} came after r-000000000000") as caught:
+        world.run(new, "rollback")
+    assert caught.value.reason == "moved_on"
+    assert f"-e release={new}" in str(caught.value)
+    assert (world.state(), world.calls) == (world.at(old), calls)
+    world.options["expect_current"] = old
+    assert world.run(new, "rollback")["result"] == "done"

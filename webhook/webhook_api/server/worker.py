@@ -31,7 +31,7 @@ SWEEP_SECONDS: Final = 0.5
 """How often deadlines are looked at."""
 STOP_KEEPALIVE_SECONDS: Final = 2.0
 """How long a stopping worker keeps idle connections for a request that may be on its way (as gthread does)."""
-STOP_QUIET_SECONDS: Final = 0.3
+STOP_QUIET_SECONDS: Final = 0.15
 """Without a request for so long, nothing is on its way: what sends here is on the same machine, and keeps its connections in
 use or has been told to send elsewhere (docs/rollout.md)."""
 STOP_LOOK_SECONDS: Final = 0.05
