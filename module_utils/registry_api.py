@@ -10,18 +10,20 @@ Contract: https://distribution.github.io/distribution/spec/api/ and the OCI Dist
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import ipaddress
 import re
-import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urljoin, urlsplit
 
-REQUESTS_IMPORT_ERROR: str | None = None
-try:
+if TYPE_CHECKING:
     import requests
-except ImportError:  # reported by the module, with the package to install
-    REQUESTS_IMPORT_ERROR = traceback.format_exc()
+
+# Imported where a registry is asked: a tenth of a second that the modules which need none are spared.
+REQUESTS_IMPORT_ERROR: str | None = None
+if importlib.util.find_spec("requests") is None:  # reported by the module, with the package to install
+    REQUESTS_IMPORT_ERROR = "No module named 'requests'"
 
 #: Sent with every manifest request. For a type that is not listed a registry answers another digest, or 404.
 MANIFEST_TYPES = (
@@ -123,6 +125,8 @@ def is_loopback(host: str) -> bool:
 
 def make_session(base_url: str) -> requests.Session:
     """A session that asks no proxy (and no ~/.netrc) for a registry on loopback."""
+    import requests
+
     session = requests.Session()
     if is_loopback(urlsplit(base_url).hostname or ""):
         session.trust_env = False
@@ -368,7 +372,7 @@ class RegistryClient:
                 # A redirect could lead to plain http or another host; nothing asked for here needs one.
                 allow_redirects=False,
             )
-        except (requests.RequestException, OSError) as error:  # OSError: a CA file that is not there
+        except OSError as error:  # every fault of requests is one; so is a CA file that is not there
             raise transport_error(self.base_url, action, error) from error
         if 200 <= answer.status_code < 300:
             return answer
@@ -377,6 +381,8 @@ class RegistryClient:
 
 def transport_error(base_url: str, action: str, error: Exception) -> RegistryError:
     """The `RegistryError` for a call that got no answer."""
+    import requests
+
     text = _innermost(error)
     if isinstance(error, requests.exceptions.SSLError):
         speaks_http = "WRONG_VERSION_NUMBER" in text or "wrong version number" in text
