@@ -111,7 +111,10 @@ def judge(
     if wrong:
         return wrong
     if _loops(wanted, state, restarts, restarts - memory.baseline_restarts):
-        text = f"it crashes again and again ({restarts} restarts, {exit_text(state)})"
+        # While it runs once more, the engine may know no exit code of the time before, and says 0.
+        forgotten = state.get("Status") == "running" and not state.get("ExitCode")
+        last = "" if forgotten else f", {exit_text(state)}"
+        text = f"it crashes again and again ({restarts} restarts when that was seen{last})"
         return Verdict("failed", "crash_loop", text)
     if status == "running":
         return _judge_running(wanted, found, memory, now, wall)
