@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ansible.module_utils.docker_cli import DockerError, Result, find_program, run
 from ansible.module_utils.preflight import (
@@ -32,7 +32,8 @@ from ansible.module_utils.preflight import (
 
 SHORT = 10.0
 _CONTAINER_ID = re.compile(r"(?:docker[-/]|/)([0-9a-f]{64})(?:\.scope)?$", re.MULTILINE)
-_SEEN_FORMAT = "{{.ID}}\t{{.Names}}\t{{.Ports}}"
+#: The last is on every image that this project builds.
+_SEEN_FORMAT = '{{.ID}}\t{{.Names}}\t{{.Ports}}\t{{.Label "org.aisha.content.digest"}}'
 _PROCESS_SCRIPT = """
 for f in /proc/[0-9]*/fd/*; do
   l=$(readlink "$f" 2>/dev/null) || continue
@@ -55,6 +56,15 @@ def attempt(command: Sequence[str], timeout: float = SHORT) -> Result:
         return result
     except DockerError as error:
         return Result(127 if error.reason == "no_client" else 124, "", str(error))
+
+
+class SeenContainer(NamedTuple):
+    """A container that runs, and the ports (address, number) that it publishes."""
+
+    identity: str
+    name: str
+    published: list[tuple[str, int]]
+    foreign: bool
 
 
 class Host:
@@ -172,16 +182,16 @@ class Host:
         # Without docker-proxy a published port has no listener: the kernel's packet filter passes it on.
         seen = {(holder.listener.port, holder.container) for holder in holders}
         return holders + [
-            Holder(Listener(address, port), container=name)
-            for _identity, name, published in containers
-            for address, port in published
-            if port in ports and (port, name) not in seen
+            Holder(Listener(address, port), container=one.name, foreign=one.foreign)
+            for one in containers
+            for address, port in one.published
+            if port in ports and (port, one.name) not in seen
         ]
 
-    def _containers(self) -> list[tuple[str, str, list[tuple[str, int]]]]:
+    def _containers(self) -> list[SeenContainer]:
         lines = self._ask_docker("ps", "--no-trunc", "--format", _SEEN_FORMAT).out.splitlines()
-        rows = [line.split("\t") for line in lines if line.count("\t") == 2]
-        return [(row[0], row[1], parse_published(row[2])) for row in rows]
+        rows = [line.split("\t") for line in lines if line.count("\t") == 3]
+        return [SeenContainer(row[0], row[1], parse_published(row[2]), not row[3]) for row in rows]
 
     def _owners(self, inodes: set[int]) -> dict[int, int]:
         """Inode -> pid, as far as this user may see."""
@@ -201,17 +211,17 @@ class Host:
         self,
         listener: Listener,
         owners: Mapping[int, int],
-        containers: Sequence[tuple[str, str, list[tuple[str, int]]]],
+        containers: Sequence[SeenContainer],
     ) -> Holder:
         pid = owners.get(listener.inode, 0)
         process = _read(f"/proc/{pid}/comm").strip() if pid else ""
         if not pid or process == "docker-proxy":
-            for _identity, name, published in containers:
-                if any(port == listener.port for _address, port in published):
-                    return Holder(listener, pid, process, name)
+            for container in containers:
+                if any(port == listener.port for _address, port in container.published):
+                    return Holder(listener, pid, process, container.name, container.foreign)
         match = _CONTAINER_ID.search(_read(f"/proc/{pid}/cgroup")) if pid else None
-        name = next((n for identity, n, _p in containers if match and identity == match.group(1)), "")
-        return Holder(listener, pid, process, name)
+        found = next((one for one in containers if match and one.identity == match.group(1)), None)
+        return Holder(listener, pid, process, found.name if found else "", bool(found and found.foreign))
 
     # -- mirrors
 

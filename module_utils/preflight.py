@@ -38,8 +38,13 @@ class Holder:
     pid: int = 0
     process: str = ""
     container: str = ""
+    foreign: bool = False
+    """Whether it is a container whose image this project did not build."""
 
     def __str__(self) -> str:
+        if self.foreign:
+            way = "moving from the old scripts: docs/moving.md"
+            return f"container {self.container}, which this project did not make ({way})"
         if self.container:
             return f"container {self.container}"
         if self.pid:
@@ -200,7 +205,11 @@ def port_faults(wishes: Sequence[PortWish], holders: Sequence[Holder], *, sees_a
         held = [
             h for h in holders if h.listener.port == wish.port and _overlaps(wish.address, h.listener.address)
         ]
-        others = [h for h in held if not any(fnmatchcase(h.container, name) for name in wish.containers)]
+        others = [
+            h
+            for h in held
+            if h.foreign or not any(fnmatchcase(h.container, name) for name in wish.containers)
+        ]
         purpose = f" ({wish.purpose})" if wish.purpose else ""
         unknown = [h for h in others if not h.pid and not h.container]
         for who in sorted({str(h) for h in others if h not in unknown}):

@@ -131,7 +131,7 @@ def judge(measured: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 
 def forget_deliveries(site: Site) -> None:
-    """What a round sent waits for avatars that never come: the next measurement is not to carry what is tried again and again."""
+    """What was sent waits for avatars that never come: the next measurement is not to carry what is tried again."""
     command = ["docker", "exec", f"{site.name}-postgres", "psql", "-qU", "postgres", "aisha", "-c"]
     statement = "DELETE FROM webhook.deliveries WHERE request_id LIKE 'bench-rollout-%'"
     subprocess.run([*command, statement], capture_output=True, check=True)

@@ -232,6 +232,13 @@ def test_mirrors_matter_only_when_something_has_to_be_installed(engine: Engine, 
     assert needs_packages(engine) is needed
 
 
+def test_a_container_of_the_old_scripts_is_none_of_ours_whatever_its_name() -> None:
+    old = holder(pid=7, process="docker-proxy", container="aisha-nginx-webhook", foreign=True)
+    (fault,) = port_faults([WEB], [old], sees_all=True).faults
+    assert "container aisha-nginx-webhook, which this project did not make" in fault
+    assert "docs/moving.md" in fault
+
+
 OURS = DockerNetwork("cluster", "0123456789abcdef", ("172.31.240.0/24",))
 
 
