@@ -18,9 +18,15 @@ options:
     type: path
     required: true
   container:
-    description: A container of the service.
+    description: A container of the service. Empty where nothing is to be imported.
     type: str
-    required: true
+    default: ''
+  stopped:
+    description:
+      - A run that ended before anything was rolled out on this host, which is put on record first, unless the run has a
+        record here already. Names C(id), C(host), C(kind), C(started), C(who), C(controller), C(version), C(reason) and
+        C(failed_at).
+    type: dict
   timeout:
     description: Seconds that the import may take.
     type: float
@@ -48,6 +54,10 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+recorded:
+  description: Whether the run of O(stopped) was put on record.
+  returned: always
+  type: bool
 imported:
   description: How many records the database had not.
   returned: always
@@ -58,13 +68,22 @@ problem:
   type: str
 """
 
+from datetime import UTC, datetime
+
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.deploy_record import DeployRecords, RecordError, bring_into_database
+from ansible.module_utils.deploy_record import (
+    DeployRecords,
+    RecordError,
+    bring_into_database,
+    stopped_record,
+)
 from ansible.module_utils.docker_cli import DockerError
+from ansible.module_utils.release import ReleaseStore
 
 ARGUMENTS = {
     "path": {"type": "path", "required": True},
-    "container": {"type": "str", "required": True},
+    "container": {"type": "str", "default": ""},
+    "stopped": {"type": "dict"},
     "timeout": {"type": "float", "default": 15.0},
 }
 
@@ -72,17 +91,23 @@ ARGUMENTS = {
 def main() -> None:
     """Wire records and container."""
     module = AnsibleModule(ARGUMENTS, supports_check_mode=True)
-    params, imported, problem = module.params, 0, ""
+    params, imported, recorded, problem = module.params, 0, False, ""
+    records = DeployRecords(params["path"])
     try:
-        if not module.check_mode:
-            records = DeployRecords(params["path"])
+        if params["stopped"] and not module.check_mode:
+            current = ReleaseStore(params["path"]).linked("current")
+            recorded = records.append_once(stopped_record(params["stopped"], current, datetime.now(UTC)))
+    except (RecordError, KeyError) as error:
+        module.warn(f"This run could not be recorded: {error}")
+    try:
+        if params["container"] and not module.check_mode:
             imported = bring_into_database(records, params["container"], params["timeout"])
     except (RecordError, DockerError) as error:
         problem = str(error)
         module.warn(
             f"The deployment records are not in the database yet; the next run brings them. {problem}"
         )
-    module.exit_json(changed=imported > 0, imported=imported, problem=problem)
+    module.exit_json(changed=recorded or imported > 0, recorded=recorded, imported=imported, problem=problem)
 
 
 if __name__ == "__main__":

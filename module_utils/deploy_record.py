@@ -25,6 +25,8 @@ RECORDS = "deployments.jsonl"
 IN_HAND = "deployment.json"
 GUARD = ".records"
 KINDS = ("deploy", "rollback", "restore")
+REASON = 2000
+"""Characters of a reason that are kept: a build's last lines, and not its log."""
 RESULTS = ("done", "unchanged", "failed", "rolled_back", "interrupted")
 #: Lines that are kept; about 1.5 kB each.
 KEEP = 5000
@@ -90,6 +92,16 @@ class DeployRecords:
     def lines(self, last: int | None = None) -> str:
         """The same as JSON lines, for `webhook-api deployments import`."""
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.read(last))
+
+    def append_once(self, record: Mapping[str, Any]) -> bool:
+        """Add a record unless its run has one on this host, or has begun one. Whether it was added."""
+        noted = self.in_hand()
+        if noted is not None and noted["id"] == record["id"]:
+            return False
+        if any(known["id"] == record["id"] for known in self.read()):
+            return False
+        self.append(record)
+        return True
 
     # The run in hand
 
@@ -245,6 +257,33 @@ def closed_record(noted: Mapping[str, Any], now: datetime) -> dict[str, Any]:
         "kind": noted.get("kind") if noted.get("kind") in KINDS else "deploy",
     }
     return {**noted, **known, **closed}
+
+
+def stopped_record(run: Mapping[str, Any], current: str | None, now: datetime) -> dict[str, Any]:
+    """The record of a run that ended on a host before anything was rolled out there: `current` went on serving.
+
+    `run` has id, host, kind, started, who, controller, version, reason and failed_at (the task).
+    """
+    started = parse_time(run.get("started"))
+    return {
+        "id": str(run["id"]),
+        "host": str(run["host"]),
+        "kind": run.get("kind") if run.get("kind") in KINDS else "deploy",
+        "started": run["started"] if started else iso(now),
+        "ended": iso(now),
+        "seconds": round((now - started).total_seconds(), 1) if started else None,
+        "who": str(run.get("who") or ""),
+        "controller": str(run.get("controller") or ""),
+        "from": current,
+        "to": None,
+        "images": {},
+        "changed": [],
+        "steps": [],
+        "version": str(run.get("version") or ""),
+        "result": "failed",
+        "reason": str(run.get("reason") or "see the log of the run")[:REASON],
+        "failed_at": str(run.get("failed_at") or "") or None,
+    }
 
 
 def _last_step(steps: object) -> str:

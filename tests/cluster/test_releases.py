@@ -162,11 +162,18 @@ def test_a_hook_that_refuses_stops_the_run_before_the_host_is_touched(
 ) -> None:
     heard = hooks("pre-deploy", "echo 'not on a Friday' >&2; exit 3")
     told = hooks("post-deploy", "exit 9")
-    before = (written(site), containers(site))
+    before, serving = (written(site), containers(site)), current(site)
     result = deploy(site, "ERROR")
     assert result.code == 2
     assert "pre-deploy failed with exit code 3. It said: not on a Friday" in " ".join(result.output.split())
-    assert (written(site), containers(site)) == before
+    note = records(site)[-1]
+    assert (note["result"], note["from"], note["to"]) == ("failed", serving, None)
+    assert "not on a Friday" in note["reason"]
+    after = written(site)
+    # The run is on record; nothing else was written.
+    changed = {path for path in after | before[0] if after.get(path) != before[0].get(path)}
+    assert changed <= {str(site.home), str(site.home / "deployments.jsonl")}
+    assert containers(site) == before[1]
     assert lock_of(site) is None
     record = json.loads(heard.read_text())
     assert (record["kind"], record["hook"], record["result"]) == ("deploy", "pre-deploy", None)

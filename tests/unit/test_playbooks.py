@@ -101,10 +101,13 @@ def test_no_option_is_used_that_the_oldest_compose_has_not_got() -> None:
 
 def test_a_run_that_failed_puts_secrets_back_when_hosts_have_gone_back_and_under_its_lock() -> None:
     tasks = yaml.safe_load((REPO / "playbooks/tasks/stop.yml").read_text())
-    steps = ("import_tasks", "kept_secrets", "deploy_lock", "include_role", "fail")
+    steps = ("import_tasks", "kept_secrets", "deployment_records", "deploy_lock", "include_role", "fail")
     order = [next(step for step in steps if {step, f"ansible.builtin.{step}"} & set(task)) for task in tasks]
-    # The record goes into the database, then the lock is given back, then the hook is told.
-    assert order == ["import_tasks", "kept_secrets", "include_role", "deploy_lock", "include_role", "fail"]
+    # The record is written, and goes into the database; then the lock is given back, then the hook is told.
+    assert order == [
+        *("import_tasks", "kept_secrets", "deployment_records"),
+        *("include_role", "deploy_lock", "include_role", "fail"),
+    ]
     (put_back,) = [task for task in tasks if "kept_secrets" in task]
     assert put_back["kept_secrets"]["state"] == "restored"
     assert put_back["failed_when"] is False, "it hides no fault of the run"

@@ -7,7 +7,13 @@ import threading
 from datetime import UTC, datetime
 
 import pytest
-from ansible.module_utils.deploy_record import DeployRecords, RecordError, bring_into_database, parse_lines
+from ansible.module_utils.deploy_record import (
+    DeployRecords,
+    RecordError,
+    bring_into_database,
+    parse_lines,
+    stopped_record,
+)
 from ansible.module_utils.docker_cli import Result
 
 RUN, NEXT = "d-20261123T040000-aaaaaa", "d-20261123T040001-bbbbbb"
@@ -175,3 +181,45 @@ def test_a_service_that_refuses_is_quoted(tmp_path):
     with pytest.raises(RecordError, match="cannot be reached") as error:
         bring_into_database(records, "api-1", 5, run=lambda command, **_: away)
     assert error.value.reason == "refused"
+
+
+STOPPED = {
+    "id": NEXT,
+    "host": "webhook-1",
+    "kind": "deploy",
+    "started": "2026-11-23T04:00:00Z",
+    "who": "ops",
+    "controller": "desk",
+    "version": "abc",
+    "reason": "webhook-api was not built",
+    "failed_at": "The images are in the registry",
+}
+
+
+def test_a_run_that_never_came_to_its_rollout_is_on_record_once(records):
+    stopped = stopped_record(STOPPED, "r-0123456789ab", datetime(2026, 11, 23, 4, 1, tzinfo=UTC))
+    assert records.append_once(stopped)
+    assert not records.append_once(stopped)
+    (found,) = records.read()
+    assert (found["result"], found["from"], found["to"], found["seconds"]) == (
+        "failed",
+        "r-0123456789ab",
+        None,
+        60,
+    )
+    assert (found["reason"], found["failed_at"]) == (STOPPED["reason"], STOPPED["failed_at"])
+    assert parse_lines(records.lines())[1] == 0
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["in hand", "ended"])
+def test_what_a_rollout_has_recorded_itself_is_not_recorded_again(records, noted):
+    (records.begin if noted else records.append)(record(id=NEXT))
+    assert not records.append_once(stopped_record(STOPPED, None, datetime.now(UTC)))
+    assert [found["result"] for found in records.read()] == ([] if noted else ["done"])
+
+
+def test_a_stopped_run_of_which_little_is_known_is_recorded_all_the_same(records):
+    little = {"id": NEXT, "host": "webhook-1", "kind": "prune", "started": "", "reason": "x" * 9000}
+    assert records.append_once(stopped_record(little, None, datetime.now(UTC)))
+    (found,) = records.read()
+    assert (found["kind"], found["seconds"], len(found["reason"])) == ("deploy", None, 2000)
