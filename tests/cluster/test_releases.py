@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -202,6 +203,40 @@ def test_check_mode_runs_no_hook_takes_no_lock_and_writes_nothing(
     assert "replace" in result.output
     assert (written(site), containers(site), records(site)) == before
     assert (heard.exists(), lock_of(site)) == (False, None)
+
+
+NAMES = ("api-1", "api-2", "worker", "nginx")
+
+
+@pytest.mark.parametrize(
+    ("change", "replaced"),
+    [
+        ({"stack_log_level": "DEBUG"}, ["api-1", "api-2", "worker"]),
+        ({"stack_log_level": "DEBUG", "edge_keepalive_seconds": 7}, ["nginx"]),
+    ],
+)
+def test_what_a_dry_run_shows_is_what_the_run_does(
+    site: Site, change: dict[str, Any], replaced: list[str]
+) -> None:
+    """Release, files of it, and containers: no more, no fewer."""
+    before, ids = current(site), dict(zip(NAMES, containers(site), strict=True))
+    options = ("--tags", "edge,stack,rollout", "-e", json.dumps(change))
+    shown = site.site(*options, "--check", "--diff").must_pass().output
+    services = re.findall(r"^\+([\w-]+): (?:replace|start|make)", shown, re.MULTILINE)
+    (to,) = set(re.findall(r"^\+(r-[0-9a-f]{12})$", shown, re.MULTILINE))
+    files = set(re.findall(rf"^\+\+\+ after: releases/{to}/(\S+)$", shown, re.MULTILINE))
+    assert services == replaced
+    site.site(*options).must_pass()
+    record = records(site)[-1]
+    assert (record["from"], record["to"], record["changed"]) == (before, to, replaced)
+    after = dict(zip(NAMES, containers(site), strict=True))
+    assert [name for name in NAMES if after[name] != ids[name]] == replaced
+    old, new = (site.home / "releases" / identity for identity in (before, to))
+    assert {name for name in RENDERED if (old / name).read_text() != (new / name).read_text()} == files
+
+
+#: What a release consists of, beside what describes it.
+RENDERED = ("docker-compose.webhook.prod.yml", "prod.env")
 
 
 def test_of_runs_at_once_one_is_refused_and_one_waits_and_none_is_half_done(
