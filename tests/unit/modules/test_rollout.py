@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from ansible.module_utils.compose_plan import Planned
 from ansible.module_utils.deploy_record import DeployRecords
+from ansible.module_utils.rollout import gates
 from ansible.module_utils.rollout.evidence import tell
 from ansible.module_utils.rollout.gates import Answer, Asking, Gate, health_fault
 from ansible.module_utils.rollout.journal import Journal, only_one
@@ -279,6 +282,9 @@ class Nginx:
     def __init__(self, out, code=0):
         self.answer = (code, out, "curl: (7) refused" if code else "")
 
+    def inspect(self, name):
+        return None
+
     def run_in(self, name, command):
         assert command[-1].startswith("http://edge/")
         return self.answer
@@ -292,6 +298,53 @@ def test_nginx_is_asked_over_its_control_socket():
     through = Asking(Nginx(f"{healthy().text}\n200")).through("c", read.service("api-1"), read)
     assert through == ""
     assert "api-1 through nginx: HTTP 502" in Asking(Nginx("\n502")).through("c", read.service("api-1"), read)
+
+
+class Reached:
+    """An engine whose container's process is this one; commands in it are not allowed."""
+
+    def inspect(self, _name):
+        return {"State": {"Pid": os.getpid()}}
+
+    def run_in(self, _name, _command):
+        raise AssertionError("the socket could be reached")
+
+
+@pytest.fixture
+def edge_socket(tmp_path, monkeypatch):
+    """The control socket as root sees it through nginx's process; it accepts, and answers what it was given, if anything."""
+    monkeypatch.setattr(gates, "PROC", str(tmp_path))
+    monkeypatch.setattr(gates, "ASK_SECONDS", 0.2)
+    place = tmp_path / str(os.getpid()) / "root" / gates.SOCKET.lstrip("/")
+    place.parent.mkdir(parents=True)
+    heard = []
+
+    def serve(answer):
+        listener = socket.create_server(str(place), family=socket.AF_UNIX)
+
+        def take():
+            with listener, listener.accept()[0] as line:
+                heard.append(line.recv(4096).decode())
+                line.sendall(answer)
+                ended.wait(5)
+
+        threading.Thread(target=take, daemon=True).start()
+        return heard
+
+    ended = threading.Event()
+    yield serve
+    ended.set()
+
+
+def test_nginx_is_asked_through_its_process_where_that_can_be_reached(edge_socket):
+    heard = edge_socket(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\ne-new")
+    assert Asking(Reached()).control("c", "/edge_alive") == Answer(200, "e-new")
+    assert heard[0].startswith("GET /edge_alive HTTP/1.1")
+
+
+def test_an_nginx_that_takes_the_question_and_is_silent_has_given_no_answer(edge_socket):
+    edge_socket(b"")
+    assert Asking(Reached()).control("c", "/edge_alive") == Answer(0, "timed out")
 
 
 def test_another_release_on_the_instances_own_port_is_final(monkeypatch):
