@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +126,14 @@ def test_of_several_hosts_each_can_go_back_with_its_secrets_until_all_are_proven
     assert rollout[1]["rollout"]["settle"] == "{{ rollout_settle | bool }}"
     back = yaml.safe_load((REPO / "playbooks/tasks/back.yml").read_text())
     assert "settle" not in back[0]["rollout"], "a host that has gone back is done"
+
+
+def test_an_inventory_without_webhook_hosts_is_refused(tmp_path: Path) -> None:
+    """All plays would be skipped, and a run of nothing end well."""
+    (tmp_path / "hosts.yml").write_text("all: {hosts: {elsewhere: {ansible_connection: local}}}\n")
+    program = Path(sys.executable).with_name("ansible-playbook")
+    run = subprocess.run(
+        [program, "-i", tmp_path, "site.yml"], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 2, run.stdout
+    assert "No host is in the group webhook" in run.stdout
