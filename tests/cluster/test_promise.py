@@ -150,8 +150,8 @@ def ended(argv: list[str], moment: float, how: signal.Signals) -> int:
     try:
         return run.wait(90)
     except subprocess.TimeoutExpired:
-        # Once in sixteen times Ansible itself waits for ever for a worker that it has ended (docs/releases.md). A person presses
-        # Ctrl-C again; that ends it.
+        # Once in sixteen times Ansible itself waits for ever for a worker that it has ended (docs/releases.md). A person
+        # presses Ctrl-C again; that ends it.
         os.killpg(run.pid, how)
         return run.wait(30)
 

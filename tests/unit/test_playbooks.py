@@ -25,8 +25,9 @@ OUTSIDE = {
 
 
 def plays(name: str) -> list[dict[str, Any]]:
+    """What a playbook does to hosts: not what it asks of the controller before."""
     found: list[dict[str, Any]] = yaml.safe_load((REPO / "playbooks" / name).read_text())
-    return found
+    return [play for play in found if play["hosts"] != "localhost"]
 
 
 @pytest.mark.parametrize("name", CHANGING)
