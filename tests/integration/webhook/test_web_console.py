@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,13 +21,14 @@ from flask.testing import FlaskClient
 from webhook_api import rollups
 from webhook_api.config import NEEDS_CONSOLE, load_settings
 from webhook_api.db import connect
-from webhook_api.web import live, openapi
+from webhook_api.web import live, look, openapi
 from webhook_api.web.app import create_app
 from webhook_api.web.limits import PER_ACCOUNT
 from webhook_api.web.services import Services
 
 from tests.support.console import good, lines, typed
 from tests.support.website import EVIL, PASSWORD, Inbox, show_case, website
+from tests.support.workerlab import bot_tables
 
 pytestmark = pytest.mark.backends
 
@@ -273,6 +275,109 @@ def test_a_window_of_time_is_followed_in_the_order_of_arrival(operator: FlaskCli
     newer = re.search(r'href="([^"]+)" rel="prev"', text)
     assert newer
     assert ids(get(operator, newer[1].replace("&amp;", "&")).text) == wanted[::-1][50:100]
+
+
+LOOKED = [
+    ("text=needle", lambda index: index % 40 == 3),
+    ("state=done&status=completed&text=needle", lambda index: index % 40 == 3 and index % 7 != 0),
+    ("status=failed&text=needle", lambda index: index % 40 == 3 and index % 7 == 0),
+    ("status=failed&source=manual", lambda index: index % 7 == 0 and index % 3 == 0),
+    ("reason=needle", lambda index: index % 40 == 3),
+    ("avatar_id=a-1", lambda index: index % 50 == 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("query", "matches"), LOOKED, ids=[query for query, _ in LOOKED])
+def test_what_no_index_answers_is_looked_for_page_by_page(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch, query: str, matches: Any
+) -> None:
+    monkeypatch.setattr(look, "AT_ONCE", 17)
+    wanted = []
+    for index in range(150):
+        number = inbox.deliver(
+            f"r-{index}", "failed" if index % 7 == 0 else "completed", source="manual" if index % 3 == 0 else "fal",
+            ago=1500.0 - index, error="avatar: needle: x" if index % 40 == 3 else None,
+        )  # fmt: skip
+        if index % 50 == 1:
+            inbox.effect(number, "avatar", avatar_id="a-1")
+        if matches(index):
+            wanted.insert(0, number)
+    found, link, pages = [], f"/deliveries?since=2h&{query}", []
+    while link:
+        pages.append(get(operator, link).text)
+        found += ids(pages[-1])
+        older = re.search(r'href="([^"]+)" rel="next"', pages[-1])
+        assert (older is not None) == ("looked through for this page: 17" in pages[-1])
+        link = older[1].replace("&amp;", "&") if older else ""
+    assert found == wanted
+    assert len(pages) > 1
+    # And back again, from before the first: each once, and none is missing.
+    back, before = [], inbox.one("select min(id) - 1 from webhook.deliveries")
+    for _ in range(30):
+        text = get(operator, f"/deliveries?since=2h&{query}&before={before}").text
+        back = ids(text) + back
+        newer = re.search(r'before=(\d+)" rel="prev"', text)
+        if not newer:
+            break
+        before = newer[1]
+    assert back == wanted
+
+
+def test_the_api_says_how_far_it_has_looked(
+    app: Flask, inbox: Inbox, monkeypatch: pytest.MonkeyPatch, document: Any
+) -> None:
+    monkeypatch.setattr(look, "AT_ONCE", 5)
+    made = [
+        inbox.deliver(f"r-{index}", ago=100.0 - index, error="x: needle" if index == 0 else None)
+        for index in range(9)
+    ]
+    token = inbox.token("ci", "operator")
+    first = call(app, token, "/deliveries?text=needle")
+    check(document, "/deliveries", first)
+    assert (first.json["deliveries"], first.json["after"]) == ([], made[4])
+    assert first.json["looked_to"]
+    second = call(app, token, f"/deliveries?text=needle&after={first.json['after']}").json
+    assert [row["id"] for row in second["deliveries"]] == made[:1]
+    assert (second["after"], second["looked_to"]) == (None, None)
+
+
+def test_a_page_goes_on_from_a_delivery_that_is_gone(operator: FlaskClient, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}", "failed", ago=100.0 - index) for index in range(9)]
+    inbox.connection.execute("delete from webhook.deliveries where id = %s", (made[5],))
+    assert ids(get(operator, f"/deliveries?status=failed&after={made[5]}").text) == made[4::-1]
+    assert ids(get(operator, f"/deliveries?status=failed&before={made[5]}").text) == made[:5:-1]
+
+
+def test_a_bots_table_that_takes_too_long_is_said(
+    operator: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(_: Any) -> Any:
+        raise psycopg.errors.QueryCanceled
+
+    monkeypatch.setattr("webhook_api.web.lists.avatars", slow)
+    answer = get(operator, "/avatars")
+    assert answer.status_code == 200
+    assert "no index on what is in training" in answer.text
+
+
+@pytest.mark.parametrize("native_enum", [False, True])
+def test_avatars_are_found_however_the_bot_spells(
+    operator: FlaskClient, inbox: Inbox, native_enum: bool
+) -> None:
+    inbox.connection.execute(bot_tables(native_enum, True))  # type: ignore[call-overload]
+    user = uuid.uuid4()
+    inbox.connection.execute("insert into users values (%s, '1')", (user,))
+    for name, status in (("Aigerim", "TRAINING"), ("Timur", "COMPLETED")):
+        inbox.connection.execute(
+            "insert into avatars (id, user_id, name, status) values (%s, %s, %s, %s)",
+            (uuid.uuid4(), user, name, status),
+        )
+    text = get(operator, "/avatars").text
+    inbox.connection.execute(
+        "drop table avatars, users; drop type if exists avatar_status, avatar_training_type"
+    )
+    assert "Aigerim" in text
+    assert "Timur" not in text
 
 
 FILTERS = [

@@ -79,7 +79,9 @@ def _page(extra: str) -> Response:
         abort(400, "filter")
     with gate.services().read() as connection:
         page = lists.page(connection, wanted, extra=extra, limit=min(limit, lists.MOST), **where)
-    return jsonify(deliveries=[_plain(row) for row in page.rows], after=page.older, before=page.newer)
+    return jsonify(
+        deliveries=[_plain(row) for row in page.rows], after=page.older, before=page.newer, looked_to=_plain(page.reached)
+    )  # fmt: skip
 
 
 @blueprint.get("/deliveries/<int:identifier>")

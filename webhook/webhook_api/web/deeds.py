@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from webhook_api import actions, audit
 from webhook_api.actions import DEAD_LETTERS, Action, Done
-from webhook_api.console import COUNTED_MAX, Filter, counted, listed, resolved
+from webhook_api.console import Filter, counted, listed, resolved
 from webhook_api.db import Connection
 from webhook_api.web.accounts import Who
 
@@ -19,6 +19,8 @@ NAMES: Final = (
 )
 MOST: Final = 1000
 """Deliveries that one click changes."""
+COUNTED: Final = 10_000
+"""A preview's count ends here: an action changes fewer."""
 PREVIEW: Final = 10
 WHY_MOST: Final = 200
 
@@ -52,14 +54,14 @@ def _effects() -> list[str]:
 
 def preview(connection: Connection, deed: Action, wanted: Filter) -> dict[str, Any]:
     """How many it would be done to, the first of them, and how many that were kept aside are left out."""
-    wanted = resolved(connection, wanted)
-    states = counted(connection, wanted, f"({deed.eligible})")
-    left_out = counted(connection, wanted, f"({deed.left_out})") if deed.left_out else {}
+    wanted = resolved(connection, wanted, deep=False)
+    states = counted(connection, wanted, f"({deed.eligible})", COUNTED)
+    left_out = counted(connection, wanted, f"({deed.left_out})", COUNTED) if deed.left_out else {}
     matched = sum(states.values())
     return {
         "action": deed.name,
-        "matched": matched,
-        "more_than_counted": matched > COUNTED_MAX,
+        "matched": min(matched, COUNTED),
+        "more": matched > COUNTED,
         "states": states,
         "left_out": sum(left_out.values()),
         "limit": MOST,
@@ -70,7 +72,9 @@ def preview(connection: Connection, deed: Action, wanted: Filter) -> dict[str, A
 def do(connection: Connection, deed: Action, wanted: Filter, limit: int, who: Who, instance: str) -> Done:
     """Do it to the oldest ``limit`` that match, and record who did."""
     operation = audit.Operation(who.name, instance, deed.name, {**wanted.said(), "by": "console"})
-    return actions.perform(connection, deed, resolved(connection, wanted), min(limit, MOST), operation)
+    return actions.perform(
+        connection, deed, resolved(connection, wanted, deep=False), min(limit, MOST), operation
+    )
 
 
 def note(connection: Connection, name: str, who: str, instance: str, **detail: Any) -> None:

@@ -28,7 +28,9 @@ def document(version: str) -> dict[str, Any]:
             "title": "Console of the receiver of fal.ai webhooks",
             "version": version,
             "summary": "Lists and actions for programs, by a token of `webhook-api tokens add`.",
-            "description": "Viewers see no bodies and no headers, cannot look for text, and change nothing.",
+            "description": "Viewers see no bodies, headers or files, cannot look for text, and change nothing. A list goes "
+            "on while `after` is given, also after a page with few deliveries or none: each page looks through a bounded "
+            "number of them, down to `looked_to`. `matched` ends at 10,000.",
         },
         "servers": [{"url": "/"}],
         "security": [{"token": []}],
@@ -110,7 +112,8 @@ def _schemas() -> dict[str, Any]:
     return {
         "Error": _object({"error": text, "message": text, "request_id": text}),
         "Row": _object(row),
-        "Page": _object({"deliveries": {"type": "array", "items": _ref("Row")}, "after": _NUMBER, "before": _NUMBER}),
+        "Page": _object({"deliveries": {"type": "array", "items": _ref("Row")}, "after": _NUMBER, "before": _NUMBER},
+                        looked_to=_TIME),
         "Delivery": _object(
             row | {"effects": {"type": "array", "items": _OBJECT}, "audit": {"type": "array", "items": _OBJECT},
                    "avatar_id": _TEXT, "objects": {"type": "array", "items": text}},
