@@ -10,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.browser.conftest import Visit
+from tests.browser.conftest import LORA, Visit
 from tests.support.website import EVIL
 
 pytestmark = pytest.mark.backends
@@ -184,8 +184,32 @@ def test_a_viewer_is_offered_nothing(visit: Visit) -> None:
     visit.log_in("viktor")
     page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
     expect(page.get_by_text("Headers, body and actions are for operators.")).to_be_visible()
-    assert page.locator("pre, .actions").count() == 0
+    assert page.locator("pre, .actions, a[href*='/files/']").count() == 0
+    expect(page.get_by_text("pytorch_lora_weights.safetensors")).to_be_visible()
     assert visit.open("/dead-letters").locator(".actions, [name=text]").count() == 0
+
+
+def test_an_archived_file_is_downloaded_and_the_timeline_says_by_whom(visit: Visit) -> None:
+    visit.log_in()
+    page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
+    link = page.get_by_role("link", name="Download pytorch_lora_weights.safetensors")
+    link.focus()
+    with page.expect_download() as begun:
+        page.keyboard.press("Enter")
+    assert begun.value.suggested_filename == "pytorch_lora_weights.safetensors"
+    assert Path(begun.value.path()).read_bytes() == LORA
+    page.reload()
+    expect(page.locator(".timeline .deed")).to_contain_text(["archive.download"])
+    expect(page.locator(".timeline .deed")).to_contain_text(["maria"])
+    assert violations(page) == []
+
+
+def test_a_file_that_the_store_has_lost_is_said_on_a_page(visit: Visit) -> None:
+    visit.log_in()
+    page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
+    page.get_by_role("link", name=f"Download delivery-{visit.shown.ids['done']}.json").click()
+    expect(page.locator("h1")).to_have_text("The object store does not have this file (any more).")
+    assert violations(page) == []
 
 
 def test_live_shows_what_arrives_and_goes_on_after_a_break(visit: Visit) -> None:

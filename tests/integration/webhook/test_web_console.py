@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import http.client
+import io
 import json
+import os
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -18,6 +24,8 @@ import psycopg
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from minio import Minio
+from minio.error import MinioException
 from webhook_api import rollups
 from webhook_api.config import NEEDS_CONSOLE, load_settings
 from webhook_api.db import connect
@@ -28,7 +36,7 @@ from webhook_api.web.services import Services
 
 from tests.support.console import good, lines, typed
 from tests.support.website import EVIL, PASSWORD, Inbox, show_case, website
-from tests.support.workerlab import bot_tables
+from tests.support.workerlab import Bucket, bot_tables
 
 pytestmark = pytest.mark.backends
 
@@ -434,6 +442,80 @@ def test_the_timeline_is_in_the_order_of_time(app: Flask, inbox: Inbox) -> None:
     assert len(times) == 5
     assert times == sorted(times)
     assert "aisha-files/deliveries/2026/11/29/segment-0001.ndjson" in text
+
+
+# Files
+
+
+@pytest.fixture
+def store(s3: Bucket) -> Iterator[Minio]:
+    client = Minio(s3.endpoint, s3.access_key, s3.secret_key, secure=False, region="us-east-1")
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    client.make_bucket(bucket)
+    client.bucket = bucket
+    yield client
+    for found in client.list_objects(bucket, recursive=True):
+        client.remove_object(bucket, found.object_name)
+    with contextlib.suppress(MinioException):
+        client.remove_bucket(bucket)
+
+
+def test_files_come_whole_from_the_object_store_or_not_at_all(
+    inbox: Inbox, s3: Bucket, store: Any, tmp_path: Path
+) -> None:
+    inbox.account("maria", "operator")
+    number = inbox.deliver("r-1")
+    data, key = os.urandom(3 * 2**20 + 4711), "webhooks/fal/r-1/payload.lora/lora.safetensors"
+    lines = [
+        json.dumps({"headers": {"X-Webhook-Secret": "s3cr3t", "A": str(index)}}).encode() + b"\n"
+        for index in range(3)
+    ]
+    segment = "deliveries/segments/2026-11-29/1-3.ndjson"
+    place = {
+        "key": segment,
+        "offset": len(lines[0]),
+        "length": len(lines[1]),
+        "sha256": hashlib.sha256(lines[1]).hexdigest(),
+    }
+    inbox.effect(number, "raw_archive", **place)
+    artifact = {"key": key, "state": "stored", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    inbox.effect(number, "archive", artifacts=[artifact])
+    store.put_object(store.bucket, segment, io.BytesIO(b"".join(lines)), sum(map(len, lines)))
+    store.put_object(store.bucket, key, io.BytesIO(data), len(data))
+    settings = {"MINIO_ENDPOINT": s3.endpoint, "MINIO_ACCESS_KEY": s3.access_key, "MINIO_SECRET_KEY": s3.secret_key,
+                "MINIO_BUCKET_NAME": store.bucket, "CONSOLE_SECURE_COOKIES": "false"}  # fmt: skip
+    with website(inbox.url, tmp_path / "log", **settings) as site:
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        csrf = form_of(opener.open(site.address + "/login").read().decode())
+        opener.open(
+            site.address + "/login", f"csrf={csrf}&name=maria&password={PASSWORD.replace(' ', '+')}".encode()
+        )
+        page = opener.open(f"{site.address}/deliveries/{number}").read().decode()
+        delivery, file = re.findall(r'href="(/deliveries/\d+/files/\w+)"', page)
+        for _ in range(5):
+            with opener.open(site.address + file, timeout=20) as answer:
+                assert answer.read() == data
+        assert json.loads(opener.open(site.address + delivery).read())["headers"] == {
+            "X-Webhook-Secret": "***",
+            "A": "1",
+        }
+        count = "select count(*) from webhook.audit where action = 'archive.download' and delivery_ids = array[%s::bigint]"
+        assert inbox.one(count, number) == 6
+        # Somebody has been at the bucket.
+        store.put_object(store.bucket, key, io.BytesIO(data[:-1] + b"!"), len(data))
+        with (
+            opener.open(site.address + file, timeout=20) as answer,
+            pytest.raises(http.client.IncompleteRead),
+        ):
+            answer.read()
+        store.put_object(store.bucket, key, io.BytesIO(data[:-1]), len(data) - 1)
+        for status in (502, 404):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                opener.open(site.address + file, timeout=20)
+            assert refused.value.status == status
+            refused.value.close()
+            store.remove_object(store.bucket, key)
+        assert "s3cr3t" not in site.log()
 
 
 # Actions

@@ -199,7 +199,8 @@ def test_no_template_has_script_or_style_in_it() -> None:
 
 
 def test_strangers_are_led_to_the_login(client: FlaskClient) -> None:
-    for path in ("/", "/deliveries?state=dead", "/deliveries/1", "/dead-letters", "/parked", "/avatars", "/deployments",
+    for path in ("/", "/deliveries?state=dead", "/deliveries/1", "/deliveries/1/files/0123456789abcdef", "/dead-letters",
+                 "/parked", "/avatars", "/deployments",
                  "/live", "/live/events", "/charts/deliveries-light.svg"):  # fmt: skip
         answer = client.get(path, base_url=BASE)
         assert answer.status_code == 302, path

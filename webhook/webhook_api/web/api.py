@@ -7,7 +7,8 @@ from typing import Any, Final
 from flask import Blueprint, Response, abort, g, jsonify, request
 
 from webhook_api.console import Filter
-from webhook_api.web import deeds, gate, lists, openapi, overview
+from webhook_api.web import deeds, download, gate, lists, openapi, overview
+from webhook_api.web.files import Stored, stored
 from webhook_api.web.words import Words
 
 PREFIX: Final = openapi.PREFIX
@@ -93,7 +94,23 @@ def show_delivery(identifier: int) -> Response:
         abort(404)
     if g.who.operator and row.get("headers") is not None:
         row["headers"] = lists.kept_headers(row)
-    return jsonify(_plain({**row, "avatar_id": lists.avatar_id(row), "objects": lists.objects(row)}))
+    answer = {**row, "avatar_id": lists.avatar_id(row), "objects": [item.key for item in stored(row)]}
+    if g.who.operator:
+        answer["files"] = [_file(identifier, item) for item in stored(row)]
+    return jsonify(_plain(answer))
+
+
+def _file(identifier: int, item: Stored) -> dict[str, Any]:
+    path = f"{PREFIX}/deliveries/{identifier}/files/{item.mark}"
+    return {"name": item.name, "key": item.key, "bytes": item.size, "sha256": item.sha256, "path": path}
+
+
+@blueprint.get("/deliveries/<int:identifier>/files/<mark>")
+def show_file(identifier: int, mark: str) -> Response:
+    """A file of a delivery, for operators."""
+    if not g.who.operator:
+        abort(403, "operators")
+    return download.send(identifier, mark)
 
 
 @blueprint.get("/avatars")

@@ -13,7 +13,7 @@ from webhook_api.config import NEEDS_CONSOLE, Settings, load_settings
 from webhook_api.db import DatabaseUnavailable
 from webhook_api.errors import answer
 from webhook_api.jsonlog import REQUEST_ID, request_id_of
-from webhook_api.web import acts, api, gate, live, login, pages
+from webhook_api.web import acts, api, download, gate, live, login, pages
 from webhook_api.web.services import Services
 from webhook_api.web.words import Words, harmless, preferred
 
@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None, services: Services | None = Non
     app.context_processor(_context)
     for error in (HTTPException, DatabaseUnavailable, Exception):
         app.register_error_handler(error, _fault)
-    for module in (login, pages, acts, live, api):
+    for module in (login, pages, acts, download, live, api):
         app.register_blueprint(module.blueprint)
     app.add_url_rule("/health", "health", _health)
     return app
@@ -136,6 +136,8 @@ def _reason(error: Exception) -> tuple[int, str, dict[str, str]]:
 _MESSAGES: Final = {
     "timeout": "error.timeout", "csrf": "error.csrf", "operators": "error.operators", "streams": "error.streams",
     "missing_token": "error.token", "bad_token": "error.token", "filter": "error.filter",
+    "downloads": "error.downloads", "file_missing": "error.file_missing", "file_large": "error.file_large",
+    "file_differs": "error.file_differs", "file_store": "error.file_store",
 }  # fmt: skip
 
 

@@ -77,6 +77,13 @@ def do(connection: Connection, deed: Action, wanted: Filter, limit: int, who: Wh
     )
 
 
+def fetched(connection: Connection, who: Who, instance: str, identifier: int, key: str, size: int) -> None:
+    """Record that a file of a delivery was given to somebody."""
+    operation = audit.Operation(who.name, instance, "archive.download", {"by": "console"})
+    with connection.transaction():
+        audit.record(connection, operation, 0, [identifier], {"key": key, "bytes": size})
+
+
 def note(connection: Connection, name: str, who: str, instance: str, **detail: Any) -> None:
     """Record a deed that changes no delivery, such as a login that failed."""
     with connection.transaction():

@@ -262,13 +262,6 @@ def _step(
     return {"at": at, "what": what, "name": name, "state": state, "detail": detail}
 
 
-def objects(row: Mapping[str, Any]) -> list[str]:
-    """Where the delivery and its files stand in the object store."""
-    from webhook_api.trace import object_keys
-
-    return object_keys(row["effects"])
-
-
 def avatar_id(row: Mapping[str, Any]) -> str | None:
     """The avatar that a delivery belongs to, as its effect has recorded it."""
     found = [item["detail"].get("avatar_id") for item in row["effects"] if item["name"] == "avatar"]

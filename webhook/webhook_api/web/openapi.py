@@ -49,12 +49,14 @@ def _paths() -> dict[str, Any]:
         "required": True,
         "schema": {"type": "integer", "minimum": 0},
     }
+    mark = {"name": "mark", "in": "path", "required": True, "schema": {"type": "string"}}
     name = {"name": "name", "in": "path", "required": True, "schema": {"enum": list(ACTIONS)}}
     return {
         "/openapi.json": {"get": _get("consoleDocument", "This document", _OBJECT) | {"security": []}},
         "/overview": {"get": _get("overview", "Whether it is well, and the numbers", _ref("Overview"))},
         "/deliveries": {"get": _list("deliveries", "Deliveries by filter, the newest first")},
         "/deliveries/{identifier}": {"get": _get("delivery", "One delivery in full", _ref("Delivery"), [number], "404")},
+        "/deliveries/{identifier}/files/{mark}": {"get": _file([number, mark])},
         "/dead-letters": {"get": _list("deadLetters", "What was given up or kept aside")},
         "/parked": {"get": _list("parked", "What waits for the bot's row")},
         "/avatars": {"get": _get("avatars", "Avatars in training, and what each waits for", _ref("Avatars"))},
@@ -77,6 +79,30 @@ def _get(
     for status in ("401", "503", *errors):
         answers[status] = {"description": "Refused; `error` is one word", "content": refused}
     return {"operationId": name, "summary": summary, "parameters": parameters or [], "responses": answers}
+
+
+def _file(parameters: list[dict[str, Any]]) -> dict[str, Any]:
+    """Bytes, and no form of ours."""
+    made = _get(
+        "file",
+        "A file of a delivery, for operators; recorded",
+        _OBJECT,
+        parameters,
+        "403",
+        "404",
+        "413",
+        "502",
+    )
+    content = {
+        "application/octet-stream": {
+            "schema": {"type": "string", "contentMediaType": "application/octet-stream"}
+        }
+    }
+    made["responses"]["200"] = {
+        "description": "The bytes that were stored; cut off when they differ",
+        "content": content,
+    }
+    return made
 
 
 def _list(name: str, summary: str) -> dict[str, Any]:
@@ -117,8 +143,9 @@ def _schemas() -> dict[str, Any]:
         "Delivery": _object(
             row | {"effects": {"type": "array", "items": _OBJECT}, "audit": {"type": "array", "items": _OBJECT},
                    "avatar_id": _TEXT, "objects": {"type": "array", "items": text}},
-            headers={"type": ["object", "null"]}, body_base64=_TEXT,
+            headers={"type": ["object", "null"]}, body_base64=_TEXT, files={"type": "array", "items": _ref("File")},
         ),
+        "File": _object({"name": text, "key": text, "bytes": _NUMBER, "sha256": _TEXT, "path": text}),
         "Overview": _object({"level": {"enum": ["ok", "warn", "bad"]}, "findings": {"type": "array", "items": _OBJECT},
                              "inbox": counts, "hours": {"type": "array", "items": _OBJECT}, "last_delivery_at": _TIME}),
         "Avatars": _object({"avatars": {"type": ["array", "null"], "items": _OBJECT}}),

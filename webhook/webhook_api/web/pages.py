@@ -13,6 +13,7 @@ from webhook_api.cli import filters
 from webhook_api.console import Filter
 from webhook_api.reverify import Report, ReverifyError, Verifiers, check
 from webhook_api.web import charts, gate, lists, look, overview
+from webhook_api.web.files import stored
 from webhook_api.web.words import lines
 
 CHART_SECONDS: Final = 30
@@ -126,9 +127,10 @@ def delivery(identifier: int) -> str:
     if row is None:
         abort(404)
     body = lists.body_of(row) if operator else None
+    services = gate.services()
     return render_template(
         "delivery.html", at="deliveries", row=row, steps=lists.timeline(row), avatar=lists.avatar_id(row),
-        objects=lists.objects(row), bucket=gate.services().settings.minio_bucket,
+        files=stored(row), bucket=services.settings.minio_bucket, gives=operator and services.files is not None,
         verdict=_verdict(row) if operator else None, **_content(row, body),
     )  # fmt: skip
 
