@@ -444,6 +444,33 @@ def test_the_timeline_is_in_the_order_of_time(app: Flask, inbox: Inbox) -> None:
     assert "aisha-files/deliveries/2026/11/29/segment-0001.ndjson" in text
 
 
+def test_deployments_are_followed_to_the_first(
+    app: Flask, inbox: Inbox, operator: FlaskClient, document: Any
+) -> None:
+    inbox.connection.execute(
+        "insert into webhook.deployments (id, host, kind, started_at, result, record) "
+        "select 'run-' || run, 'webhook-' || host, 'deploy', now() - make_interval(hours => run / 2), 'done', '{}' "
+        "from generate_series(10, 49) run, generate_series(1, 3) host"
+    )
+    wanted = inbox.connection.execute(
+        "select id, host from webhook.deployments order by started_at desc, id desc, host"
+    ).fetchall()
+    token, found, path = inbox.token("ci", "viewer"), [], "/deployments"
+    while path:
+        page = call(app, token, path)
+        check(document, "/deployments", page)
+        found += [(row["id"], row["host"]) for row in page.json["deployments"]]
+        after, host = page.json["after"], page.json["host"]
+        path = f"/deployments?after={after}&host={host}" if after else ""
+    assert found == wanted
+    assert len(found) == 120
+    older = re.search(r'href="([^"]+)" rel="next"', get(operator, "/deployments").text)
+    assert older
+    assert "webhook-1" in get(operator, older[1].replace("&amp;", "&")).text
+    assert get(operator, "/deployments?after=%00&host=x").status_code == 400
+    assert "No deployment is recorded." in get(operator, "/deployments?after=nowhere&host=x").text
+
+
 # Files
 
 

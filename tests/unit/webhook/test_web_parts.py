@@ -227,6 +227,23 @@ def test_the_cookie_of_the_form_is_bound_to_the_host(client: FlaskClient) -> Non
     assert "Domain" not in cookie
 
 
+def test_a_reader_chooses_the_zone_and_it_is_named(client: FlaskClient) -> None:
+    text = client.get("/login", base_url=BASE).text
+    assert "Times in Asia/Almaty (UTC+05:00)" in text
+    csrf = re.search(r'name="csrf" value="(\w+)"', text)
+    assert csrf
+    for zone, named in (("UTC", "Times in UTC (UTC+00:00)"), ("Mars/Olympus", "Times in UTC"), ("", "Times in Asia/Almaty"),
+                        ("Asia/Kathmandu", "Times in Asia/Kathmandu (UTC+05:45)")):  # fmt: skip
+        answer = client.post("/look", data={"csrf": csrf[1], "zone": zone, "next": "/login"}, base_url=BASE)
+        assert answer.status_code == 303
+        assert named in client.get("/login", base_url=BASE).text
+
+
+def test_a_zone_that_somebody_has_made_up_is_the_sites(client: FlaskClient) -> None:
+    client.set_cookie("__Host-console_zone", "../../etc/passwd", domain="localhost", secure=True)
+    assert "Times in Asia/Almaty" in client.get("/login", base_url=BASE).text
+
+
 def test_the_api_wants_a_token_and_says_so_in_json(client: FlaskClient) -> None:
     for headers in ({}, {"Authorization": "Basic eDp5"}, {"Authorization": "Bearer "}):
         answer = client.get("/api/v1/console/deliveries", headers=headers, base_url=BASE)

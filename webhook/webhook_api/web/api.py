@@ -47,7 +47,12 @@ def show_overview() -> Response:
         last_delivery_at=_plain(found["last"]),
         last_24_hours=found["recent"],
         hours=[_plain(hour) for hour in found["hours"]],
-        instances=[{"name": item.name, "status": item.status} for item in found["instances"]],
+        instances=[
+            {"name": item.name, "status": item.status, "troubles": item.troubles}
+            for item in found["instances"]
+        ],
+        keys_age_seconds=found["keys_age"],
+        spool_rows=found["spool"],
         certificate_ends_at=_plain(found["certificate"]),
         running=_plain(found["running"]),
     )
@@ -124,9 +129,12 @@ def show_avatars() -> Response:
 @blueprint.get("/deployments")
 def show_deployments() -> Response:
     """Deployment records."""
-    with gate.services().read() as connection:
-        found = lists.runs(connection)
-    return jsonify(deployments=[_plain(row) for row in found])
+    try:
+        with gate.services().read() as connection:
+            page = lists.runs(connection, request.args.get("after"), request.args.get("host"))
+    except lists.FilterInvalid:
+        abort(400, "filter")
+    return jsonify(deployments=[_plain(row) for row in page.rows], after=page.after, host=page.host)
 
 
 @blueprint.post("/actions/<name>")

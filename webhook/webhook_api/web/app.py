@@ -15,7 +15,7 @@ from webhook_api.errors import answer
 from webhook_api.jsonlog import REQUEST_ID, request_id_of
 from webhook_api.web import acts, api, download, gate, live, login, pages
 from webhook_api.web.services import Services
-from webhook_api.web.words import Words, harmless, preferred
+from webhook_api.web.words import Words, harmless, preferred, zones
 
 LOG: Final = logging.getLogger("webhook_api.access")
 FORM_MOST: Final = 64 * 1024
@@ -64,7 +64,8 @@ def _words() -> Words:
     console = gate.services().settings.console
     chosen = request.cookies.get(gate.cookie("language"), "")
     language = chosen or preferred(request.headers.get("Accept-Language", ""), console.language)
-    return Words(language, console.zone)
+    zone = request.cookies.get(gate.cookie("zone"), "")
+    return Words(language, zone if zone in zones() else console.zone)
 
 
 def _context() -> dict[str, Any]:
@@ -74,6 +75,7 @@ def _context() -> dict[str, Any]:
         "t": words.say, "named": words.named, "when": words.time, "span": words.span, "ago": words.since,
         "number": words.number, "words": words, "who": g.get("who"), "theme": g.theme, "csrf": gate.form_token,
         "version": settings.version, "release": settings.release, "here": request.full_path.rstrip("?"),
+        "site_zone": settings.console.zone,
     }  # fmt: skip
 
 

@@ -300,9 +300,25 @@ def _waits_for(row: Mapping[str, Any]) -> str:
     return "fal"
 
 
-def runs(connection: Connection, limit: int = PAGE) -> list[dict[str, Any]]:
-    """Deployment records, the newest first."""
-    return deployments.listed(connection, limit=limit)
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A page of deployment records. ``after`` and ``host`` name the last of it, where there are older ones."""
+
+    rows: list[dict[str, Any]]
+    after: str | None = None
+    host: str | None = None
+
+
+def runs(
+    connection: Connection, after: str | None = None, host: str | None = None, limit: int = PAGE
+) -> Runs:
+    """Deployment records, the newest first; those older than the record of a run on a host."""
+    for value in (after, host):
+        if value is not None and (len(value) > LONGEST or "\x00" in value or not _encodes(value)):
+            raise FilterInvalid("after")
+    found = deployments.listed(connection, limit=limit + 1, beyond=(after, host) if after and host else None)
+    rows = found[:limit]
+    return Runs(rows, rows[-1]["id"], rows[-1]["host"]) if len(found) > limit else Runs(rows)
 
 
 def rollups(connection: Connection) -> list[dict[str, Any]]:

@@ -187,9 +187,15 @@ def avatars() -> str:
 @gate.page
 def deployments() -> str:
     """Deployment records."""
-    with gate.services().read() as connection:
-        found = lists.runs(connection)
-    return render_template("deployments.html", at="deployments", rows=found)
+    after, host = request.args.get("after"), request.args.get("host")
+    try:
+        with gate.services().read() as connection:
+            page = lists.runs(connection, after, host)
+    except lists.FilterInvalid:
+        abort(400, "filter")
+    older = url_for("pages.deployments", after=page.after, host=page.host) if page.after else None
+    shown = {"older": older, "newer": None, "first": url_for("pages.deployments") if after else None}
+    return render_template("deployments.html", at="deployments", rows=page.rows, links=shown)
 
 
 @blueprint.get("/charts/<name>-<theme>.svg")
