@@ -331,6 +331,23 @@ def test_what_no_index_answers_is_looked_for_page_by_page(
     assert back == wanted
 
 
+def test_large_bodies_make_a_page_look_through_fewer(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "BYTES", 2500)
+    made = [
+        inbox.deliver(f"r-{index}", ago=100.0 - index, body={"x": "y" * 1000, "n": f"needle{index}"})
+        for index in range(7)
+    ]
+    texts, link = [], "/deliveries?since=1h&text=needle0"
+    while link:
+        texts.append(get(operator, link).text)
+        older = re.search(r'href="([^"]+)" rel="next"', texts[-1])
+        link = older[1].replace("&amp;", "&") if older else ""
+    assert [ids(text) for text in texts] == [[], [], [], made[:1]]
+    assert all("looked through for this page: 2." in text for text in texts[:3])
+
+
 def test_the_api_says_how_far_it_has_looked(
     app: Flask, inbox: Inbox, monkeypatch: pytest.MonkeyPatch, document: Any
 ) -> None:

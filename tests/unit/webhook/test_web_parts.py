@@ -15,7 +15,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from webhook_api.config import NEEDS_CONSOLE, ConfigError, load_settings
 from webhook_api.gauges import Inbox
-from webhook_api.web import accounts, charts, gate, lists, openapi, overview, sessions
+from webhook_api.web import accounts, charts, gate, lists, look, openapi, overview, sessions
 from webhook_api.web.app import create_app
 from webhook_api.web.limits import PER_ACCOUNT, PER_ADDRESS, WINDOW, Attempts
 from webhook_api.web.monitor import Instance, Seen, not_after
@@ -304,6 +304,33 @@ def test_who_sees_no_bodies_looks_for_no_text() -> None:
     with pytest.raises(lists.FilterInvalid):
         lists.read_filter({"text": "secret"}, ZONE, bodies=False)
     assert lists.read_filter({"text": "x"}, ZONE, bodies=True).since is not None
+
+
+WAYS = [
+    ({}, "true", None),
+    ({"request_id": "r", "text": "x"}, "true", None),
+    ({"since": "1h"}, "true", ({"since"}, set(), True)),
+    ({"since": "24h", "status": "failed"}, "true", ({"since", "status"}, set(), True)),
+    ({"status": "failed", "source": "manual"}, "true", ({"status"}, {"source"}, True)),
+    ({"source": "manual", "state": "done"}, "true", ({"source"}, {"states"}, True)),
+    ({"source": "fal", "status": "completed"}, "true", (set(), {"source", "status"}, True)),
+    ({"until": "1h", "text": "x"}, "true", ({"until", "since"}, {"text"}, True)),
+    ({"reason": "x"}, "true", (set(), {"reason"}, True)),
+    ({"state": "dead", "since": "1h"}, "true", ({"states"}, {"since"}, False)),
+    ({"aside": "stale"}, "true", ({"aside"}, set(), False)),
+    ({"status": "failed", "since": "1h"}, "d.state = 'parked'", (set(), {"status", "since"}, False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "extra", "way"), WAYS, ids=[" ".join(values) or "none" for values, _, _ in WAYS]
+)
+def test_each_filter_is_looked_through_in_the_order_of_an_index(
+    values: dict[str, str], extra: str, way: tuple[set[str], set[str], bool] | None
+) -> None:
+    found = look._way(lists.read_filter(values, ZONE, bodies=True), extra)
+    shown = None if found is None else (set(found.given.said()), set(found.rest.said()), found.by_time)
+    assert shown == way
 
 
 # A delivery

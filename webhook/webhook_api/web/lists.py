@@ -63,13 +63,15 @@ class FilterInvalid(ValueError):
 class Page:
     """One page of a list. ``older`` and ``newer`` are the keys to go on with; None: there is nothing.
 
-    ``reached``: arrival of the delivery up to which it was looked, where that gave less than a page and more lies behind.
+    ``reached``: arrival of the delivery up to which it was looked, where that gave less than a page and more lies behind;
+    ``looked`` at so many.
     """
 
     rows: list[dict[str, Any]]
     older: int | None
     newer: int | None
     reached: datetime | None = None
+    looked: int = 0
 
 
 FIELDS: Final = (
@@ -171,10 +173,10 @@ def page(connection: Connection, wanted: Filter, *, after: int | None = None, be
     if backwards:
         found.reverse()
     if not found:
-        return Page([], None if backwards else stopped, stopped if backwards else None, reached)
+        return Page([], None if backwards else stopped, stopped if backwards else None, reached, seen.looked)
     older = found[-1]["id"] if (more or backwards) else stopped
     newer = found[0]["id"] if (after is not None or (backwards and more)) else None
-    return Page(found, older, stopped or newer if backwards else newer, reached)
+    return Page(found, older, stopped or newer if backwards else newer, reached, seen.looked)
 
 
 def queue(connection: Connection, name: str, wanted: Filter, **where: Any) -> Page:

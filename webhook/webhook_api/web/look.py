@@ -16,15 +16,21 @@ from webhook_api.db import Connection
 
 AT_ONCE: Final = 4000
 """Deliveries that one page looks through."""
+BYTES: Final = 8 * 1024**2
+"""Bytes of bodies that one page looks through for a text."""
 EVERYTHING: Final = "true"
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What was found. ``last``: number and arrival of the delivery at which it stopped, with more behind it."""
+    """What was found. ``last``: number and arrival of the delivery at which it stopped, with more behind it.
+
+    ``looked``: how many it looked at then.
+    """
 
     rows: list[dict[str, Any]]
     last: tuple[int, datetime] | None = None
+    looked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +72,14 @@ def through(
         found = listed(connection, wanted, limit=limit, after=after, oldest_first=oldest_first, extra=extra)
         return Look(found)
     direction, ahead, back = ("asc", ">", "<=") if oldest_first else ("desc", "<", ">=")
-    values = {**wanted.parameters(), "limit": limit, "most": (most or AT_ONCE) - 1}
+    values = {**wanted.parameters(), "limit": limit, "most": most or AT_ONCE}
     parts = [way.given.where(), f"({extra})"]
     if after is not None:
         values |= _place(connection, after)
         parts.append(way.beyond(ahead, "after"))
-    last = None
+    last, looked = None, 0
     if not way.rest.empty:
-        last = connection.execute(
-            f"select d.id, d.first_seen_at from webhook.deliveries d where {' and '.join(parts)} "  # noqa: S608
-            f"order by {way.order(direction)} offset %(most)s limit 1",
-            values,
-        ).fetchone()
+        last, looked = _stop(connection, way, direction, parts, values)
         if last is not None:
             values |= {"last_id": last[0], "last_at": last[1]}
             parts.append(way.beyond(back, "last"))
@@ -85,7 +87,28 @@ def through(
     found = selected(
         connection, f"{' and '.join(parts)} order by {way.order(direction)} limit %(limit)s", values
     )
-    return Look(found, (int(last[0]), last[1]) if last and len(found) < limit else None)
+    return Look(found, last, looked) if last and len(found) < limit else Look(found)
+
+
+def _stop(
+    connection: Connection, way: _Way, direction: str, parts: list[str], values: dict[str, Any]
+) -> tuple[tuple[int, datetime] | None, int]:
+    """The delivery up to which one page looks, and how many that are; None: to the end."""
+    query = f"from webhook.deliveries d where {' and '.join(parts)} order by {way.order(direction)}"
+    if way.rest.text is None:
+        row = connection.execute(
+            f"select d.id, d.first_seen_at {query} offset %(most)s - 1 limit 1", values
+        ).fetchone()
+        return ((int(row[0]), row[1]) if row else None), values["most"]
+    seen, size = 0, 0
+    rows = connection.execute(
+        f"select d.id, d.first_seen_at, octet_length(d.body) {query} limit %(most)s", values
+    ).fetchall()
+    for seen, row in enumerate(rows):
+        size += row[2]
+        if size > BYTES and seen > 0:
+            return (int(rows[seen - 1][0]), rows[seen - 1][1]), seen
+    return ((int(rows[-1][0]), rows[-1][1]) if len(rows) == values["most"] else None), len(rows)
 
 
 def _way(wanted: Filter, extra: str) -> _Way | None:

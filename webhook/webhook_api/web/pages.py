@@ -12,7 +12,7 @@ from webhook_api.auth import AuthError
 from webhook_api.cli import filters
 from webhook_api.console import Filter
 from webhook_api.reverify import Report, ReverifyError, Verifiers, check
-from webhook_api.web import charts, gate, lists, look, overview
+from webhook_api.web import charts, gate, lists, overview
 from webhook_api.web.files import stored
 from webhook_api.web.words import lines
 
@@ -60,7 +60,7 @@ def links(endpoint: str, values: dict[str, Any], page: lists.Page) -> dict[str, 
         "newer": to(before=page.newer) if page.newer is not None else None,
         "first": to() if request.args.get("after") or request.args.get("before") else None,
         "reached": page.reached,
-        "looked": look.AT_ONCE,
+        "looked": page.looked,
     }
 
 
