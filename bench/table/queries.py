@@ -190,7 +190,7 @@ QUERIES: Final = (
     Query("page: a text", _through(text="nowhere")),
     Query("page: a text, failed", _through(text="nowhere", status="failed")),
     Query("page: a reason", _through(reason="nowhere")),
-    Query("page: an avatar that the bot does not know", _through(avatar_id="nobody")),
+    Query("page: an avatar that the bot does not know", _through(avatar_recorded="nobody")),
     Query("page: dead letters", _through(DEAD_LETTERS)),
     Query("page: dead letters, a text", _through(DEAD_LETTERS, text="nowhere")),
     Query("page: parked", _through("d.state = 'parked'")),

@@ -9,10 +9,13 @@ create index concurrently deliveries_status_seen on webhook.deliveries (status, 
     where status <> 'completed';
 drop index concurrently if exists webhook.deliveries_source_seen;
 create index concurrently deliveries_source_seen on webhook.deliveries (source, first_seen_at, id) where source <> 'fal';
--- Dead letters in the order of their pages: `id + 0`, because the planner might follow the primary key for `id`.
+-- Dead letters, and all that is dead, in the order of their pages: each stands on a page of the table for itself, so what
+-- is not shown must not be read. `id + 0`, because the planner might follow the primary key for `id`.
 drop index concurrently if exists webhook.deliveries_letters;
 create index concurrently deliveries_letters on webhook.deliveries ((id + 0))
     where state = 'dead' and discarded_at is null;
+drop index concurrently if exists webhook.deliveries_dead_rows;
+create index concurrently deliveries_dead_rows on webhook.deliveries ((id + 0)) where state = 'dead';
 -- What was done to one delivery. The table is written by operators alone.
 drop index concurrently if exists webhook.audit_deliveries;
 create index concurrently audit_deliveries on webhook.audit using gin (delivery_ids);
