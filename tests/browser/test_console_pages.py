@@ -224,9 +224,7 @@ def test_times_are_in_the_readers_own_zone(chromium: Browser, shown: Shown) -> N
     visit.open(f"/deliveries/{shown.ids['done']}")
     shown_time = page.locator(".timeline time").first
     exact = datetime.fromisoformat(shown_time.get_attribute("datetime") or "")
-    expect(shown_time).to_have_text(
-        exact.astimezone(ZoneInfo("Asia/Tokyo")).strftime("%Y-%m-%d %H:%M:%S")
-    )
+    expect(shown_time).to_have_text(exact.astimezone(ZoneInfo("Asia/Tokyo")).strftime("%Y-%m-%d %H:%M:%S"))
     context.close()
 
 

@@ -115,7 +115,13 @@ def test_a_person_logs_in_through_nginx_and_finds_a_delivery_with_its_file(conso
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
     assert page.headers["Strict-Transport-Security"]
-    assert page.text.count('class="pill healthy"') == 2
+
+    def seen() -> bool:
+        text = session.get(consoled.address + "/", timeout=20).text
+        healthy = text.count('class="pill healthy"') == len(consoled.site.settings["site_api_ports"])
+        return healthy and bool(re.search(r"Certificate ends</dt><dd><time ", text))
+
+    wait_for("instances and certificate are seen", seen)
 
     def found() -> str:
         text = session.get(f"{consoled.address}/deliveries?request_id={request_id}", timeout=20).text
