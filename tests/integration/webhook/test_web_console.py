@@ -29,7 +29,7 @@ from minio.error import MinioException
 from webhook_api import rollups
 from webhook_api.config import NEEDS_CONSOLE, load_settings
 from webhook_api.db import connect
-from webhook_api.web import live, look, openapi
+from webhook_api.web import deeds, live, look, openapi
 from webhook_api.web.app import create_app
 from webhook_api.web.limits import PER_ACCOUNT
 from webhook_api.web.services import Services
@@ -300,6 +300,7 @@ def test_what_no_index_answers_is_looked_for_page_by_page(
     operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch, query: str, matches: Any
 ) -> None:
     monkeypatch.setattr(look, "AT_ONCE", 17)
+    monkeypatch.setattr(look, "PROBED", 17)
     wanted = []
     for index in range(150):
         number = inbox.deliver(
@@ -575,6 +576,26 @@ def test_a_preview_counts_and_changes_nothing(operator: FlaskClient, inbox: Inbo
     assert "Kept aside and left out: 1" in answer.text
     assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 13
     assert aside
+
+
+def test_a_preview_looks_through_the_oldest_and_says_so(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deeds, "LOOKED", 5)
+    made = [inbox.deliver(f"r-{index}", state="dead", ago=900.0 - index, error="x: needle" if index in (1, 7) else "x")
+            for index in range(9)]  # fmt: skip
+    answer = post(operator, "/actions/dead-letters.replay/preview", text="needle", since="1h")
+    assert "Only the oldest 5 were looked through" in answer.text
+    assert 'name="limit" value="1"' in answer.text
+    assert ids(answer.text) == [made[1]]
+    assert (
+        "Changed: 1"
+        in post(operator, "/actions/dead-letters.replay", text="needle", since="1h", limit=1).text
+    )
+    assert inbox.one("select array_agg(id) from webhook.deliveries where state = 'retry'") == [made[1]]
+    plain = post(operator, "/actions/dead-letters.replay/preview", since="1h").text
+    assert "Only the oldest" not in plain
+    assert 'name="limit" value="8"' in plain
 
 
 def test_a_replay_is_done_to_what_was_counted_and_recorded(operator: FlaskClient, inbox: Inbox) -> None:

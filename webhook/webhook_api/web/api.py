@@ -158,7 +158,9 @@ def act(name: str) -> Response:
     services, deed = gate.services(), deeds.action(name, wanted, why)
     with services.read() as connection:
         found = deeds.preview(connection, deed, wanted)
-    answer = {key: found[key] for key in ("action", "matched", "states", "left_out")} | {"changed": 0}
+    answer = {key: found[key] for key in ("action", "matched", "states", "left_out", "partial")} | {
+        "changed": 0
+    }
     if not given.get("dry_run", True):
         with services.write() as connection:
             done = deeds.do(connection, deed, wanted, limit, g.who, services.settings.instance_id)

@@ -16,6 +16,8 @@ from webhook_api.db import Connection
 
 AT_ONCE: Final = 4000
 """Deliveries that one page looks through."""
+PROBED: Final = 2000
+"""The same where each is asked for what its effects have recorded."""
 BYTES: Final = 8 * 1024**2
 """Bytes of bodies that one page looks through for a text."""
 EVERYTHING: Final = "true"
@@ -72,7 +74,11 @@ def through(
         found = listed(connection, wanted, limit=limit, after=after, oldest_first=oldest_first, extra=extra)
         return Look(found)
     direction, ahead, back = ("asc", ">", "<=") if oldest_first else ("desc", "<", ">=")
-    values = {**wanted.parameters(), "limit": limit, "most": most or AT_ONCE}
+    values = {
+        **wanted.parameters(),
+        "limit": limit,
+        "most": most or (PROBED if wanted.avatar_recorded or wanted.reason else AT_ONCE),
+    }
     parts = [way.given.where(), f"({extra})"]
     if after is not None:
         values |= _place(connection, after)

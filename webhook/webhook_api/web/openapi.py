@@ -30,7 +30,7 @@ def document(version: str) -> dict[str, Any]:
             "summary": "Lists and actions for programs, by a token of `webhook-api tokens add`.",
             "description": "Viewers see no bodies, headers or files, cannot look for text, and change nothing. A list goes "
             "on while `after` is given, also after a page with few deliveries or none: each page looks through a bounded "
-            "number of them, down to `looked_to`. `matched` ends at 10,000.",
+            "number of them, down to `looked_to`. `matched` ends at 10,000; `partial`: only the oldest were looked through.",
         },
         "servers": [{"url": "/"}],
         "security": [{"token": []}],
@@ -160,6 +160,6 @@ def _schemas() -> dict[str, Any]:
                        ids={"type": "array", "items": {"type": "integer"}}, dry_run={"type": "boolean", "default": True},
                        limit={"type": "integer", "minimum": 1, "maximum": 1000}, why=text),
         "Done": _object({"action": text, "matched": {"type": "integer"}, "states": counts, "left_out": {"type": "integer"},
-                         "changed": {"type": "integer"}}, outcomes=counts, operation=_TEXT,
+                         "changed": {"type": "integer"}}, partial={"type": "boolean"}, outcomes=counts, operation=_TEXT,
                         delivery_ids={"type": "array", "items": {"type": "integer"}}),
     }  # fmt: skip
