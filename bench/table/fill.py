@@ -70,8 +70,22 @@ where contype = 'f' and confrelid = 'webhook.deliveries'::regclass
 """
 
 
-def fill(connection: Connection, rows: int, say: Say, effects: Sequence[str] = EFFECTS) -> None:
-    """Bring an empty, migrated database (autocommit) to `rows` deliveries, and `effects` for each that is done."""
+def fill(
+    connection: Connection,
+    rows: int,
+    say: Say,
+    effects: Sequence[str] = EFFECTS,
+    days: float = DAYS,
+    trouble: int = 1,
+) -> None:
+    """Bring an empty, migrated database (autocommit) to `rows` deliveries, and `effects` for each that is done.
+
+    They are spread over the last `days`; `trouble` times as many as usual are dead, parked or tried again.
+    """
+    values = {
+        "rows": rows, "seconds": days * 86_400, "dead": DEAD_EVERY // trouble, "parked": PARKED_EVERY // trouble,
+        "retry": RETRY_EVERY // trouble, "effects": list(effects),
+    }  # fmt: skip
     started = time.monotonic()
     tables = ("webhook.deliveries", "webhook.effects")
     foreign = connection.execute(_FOREIGN).fetchall()
@@ -79,10 +93,10 @@ def fill(connection: Connection, rows: int, say: Say, effects: Sequence[str] = E
         connection.execute(_sql("alter table {} drop constraint {}", table, name))
     dropped = {table: _drop_indexes(connection, table) for table in tables}
     connection.execute("alter table webhook.deliveries disable trigger user")
-    _insert(connection, _DELIVERIES, rows, "deliveries", effects, say)
+    _insert(connection, _DELIVERIES, values, "deliveries", say)
     _restore(connection, "webhook.deliveries", dropped["webhook.deliveries"], say)
     first = connection.execute("select coalesce(min(id), 1) from webhook.deliveries").fetchone()
-    _insert(connection, _EFFECTS, rows, "effects", effects, say, offset=int(first[0]) - 1 if first else 0)
+    _insert(connection, _EFFECTS, values, "effects", say, offset=int(first[0]) - 1 if first else 0)
     _restore(connection, "webhook.effects", dropped["webhook.effects"], say)
     connection.execute("alter table webhook.deliveries enable trigger user")
     for table, name, definition in foreign:
@@ -94,24 +108,12 @@ def fill(connection: Connection, rows: int, say: Say, effects: Sequence[str] = E
 
 
 def _insert(
-    connection: Connection,
-    query: str,
-    rows: int,
-    what: str,
-    effects: Sequence[str],
-    say: Say,
-    offset: int = 0,
+    connection: Connection, query: str, values: dict[str, Any], what: str, say: Say, offset: int = 0
 ) -> None:
-    started = time.monotonic()
+    started, rows = time.monotonic(), values["rows"]
     for first in range(1, rows + 1, CHUNK):
         last = min(first + CHUNK - 1, rows)
-        connection.execute(
-            query.encode(),
-            {
-                "first": first + offset, "last": last + offset, "rows": rows, "seconds": DAYS * 86_400,
-                "dead": DEAD_EVERY, "parked": PARKED_EVERY, "retry": RETRY_EVERY, "effects": list(effects),
-            },
-        )  # fmt: skip
+        connection.execute(query.encode(), {**values, "first": first + offset, "last": last + offset})
         if first == 1 or last == rows or (last // CHUNK) % 4 == 0:
             pace = last / (time.monotonic() - started)
             say(f"{what}: of {last:,} of {rows:,} rows ({pace:,.0f}/s)")

@@ -8,12 +8,14 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 from webhook_api import gauges, retention, status
+from webhook_api.actions import DEAD_LETTERS
 from webhook_api.config_upkeep import RetentionSettings
-from webhook_api.console import Filter, counted, found_by, listed
+from webhook_api.console import Filter, audited, counted, found_by, listed, resolved
 from webhook_api.db import Connection
 from webhook_api.effects import stream
 from webhook_api.reconcile import ledger
 from webhook_api.retention import STEPS
+from webhook_api.web import look
 from webhook_api.worker import queue
 
 PAGE: Final = 50
@@ -79,6 +81,17 @@ def _list(extra: str = "true", after: str | None = None, **wanted: Any) -> Calla
         said = {name: value(known) if callable(value) else value for name, value in wanted.items()}
         begin = getattr(known, after) if after else None
         return listed(connection, Filter(**said), limit=PAGE, after=begin, extra=extra)
+
+    return run
+
+
+def _through(extra: str = look.EVERYTHING, **wanted: Any) -> Callable[[Connection, Known], Any]:
+    """As the console's pages ask."""
+
+    def run(connection: Connection, known: Known) -> Any:
+        said = {name: value(known) if callable(value) else value for name, value in wanted.items()}
+        asked = resolved(connection, Filter(**said), deep=False)
+        return look.through(connection, asked, limit=PAGE + 1, extra=extra)
 
     return run
 
@@ -168,6 +181,20 @@ QUERIES: Final = (
     Query("console: count dead letters", lambda c, _: counted(c, Filter(states=("dead",)))),
     Query("console: one in full", lambda c, known: found_by(c, str(known.middle), body=True)),
     Query("console: one in full, by request", lambda c, known: found_by(c, known.request_id)),
+    Query("page: since 100 days, failed", _through(since=_ago(100), status="failed")),
+    Query("page: since 100 days, manual", _through(since=_ago(100), source="manual")),
+    Query(
+        "page: since 100 days, failed and manual", _through(since=_ago(100), status="failed", source="manual")
+    ),
+    Query("page: since 100 days, done", _through(since=_ago(100), states=("done",))),
+    Query("page: a text", _through(text="nowhere")),
+    Query("page: a text, failed", _through(text="nowhere", status="failed")),
+    Query("page: a reason", _through(reason="nowhere")),
+    Query("page: an avatar that the bot does not know", _through(avatar_recorded="nobody")),
+    Query("page: dead letters", _through(DEAD_LETTERS)),
+    Query("page: dead letters, a text", _through(DEAD_LETTERS, text="nowhere")),
+    Query("page: parked", _through("d.state = 'parked'")),
+    Query("page: what was done to one", lambda c, known: audited(c, delivery=known.middle)),
     Query("metrics: inbox", lambda c, _: gauges.inbox(c)),
     Query("status page: counts", lambda c, _: c.execute(status._COUNTS).fetchone()),
     Query("sizes of tables", lambda c, _: retention.sizes(c)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from minio import Minio
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests.conftest import ObjectStore
 from tests.support.databases import migrated_database
 from tests.support.website import PASSWORD, Inbox, Website, instances, show_case, website
 
@@ -30,15 +34,33 @@ class Shown:
     ids: dict[str, int]
 
 
+LORA = bytes(range(256)) * 4096
+"""What fal's portrait training has made, in the object store."""
+BUCKET = "aisha-files"
+LORA_KEY = "webhooks/fal/a87ff679-a2f3-471d-9181-a67b7542122c/payload.diffusers_lora_file/pytorch_lora_weights.safetensors"
+
+
 @pytest.fixture(scope="session")
-def shown(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+def shown(database_url: str, s3: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
+    keys = {"access_key": s3.access_key, "secret_key": s3.secret_key}
+    client = Minio(s3.endpoint, **keys, secure=False, region="us-east-1")
+    # The name that pictures show; nothing but the file is made or taken away.
+    if not client.bucket_exists(BUCKET):
+        client.make_bucket(BUCKET)
+    client.put_object(BUCKET, LORA_KEY, io.BytesIO(LORA), len(LORA))
+    settings = {"MINIO_ENDPOINT": s3.endpoint, "MINIO_BUCKET_NAME": BUCKET,
+                **{f"MINIO_{name.upper()}": value for name, value in keys.items()}}  # fmt: skip
     with migrated_database(database_url) as url:
         inbox = Inbox(url)
         ids = show_case(inbox)
+        inbox.effect(ids["done"], "archive", artifacts=[
+            {"place": "diffusers_lora_file", "key": LORA_KEY, "state": "stored", "size": len(LORA),
+             "sha256": hashlib.sha256(LORA).hexdigest()}])  # fmt: skip
         log = tmp_path_factory.mktemp("console") / "log"
-        with instances() as asked, website(url, log, CONSOLE_INSTANCES=asked) as site:
+        with instances() as asked, website(url, log, CONSOLE_INSTANCES=asked, **settings) as site:
             yield Shown(site, inbox, ids)
         inbox.connection.close()
+    client.remove_object(BUCKET, LORA_KEY)
 
 
 @pytest.fixture(scope="session")

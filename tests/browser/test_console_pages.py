@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import Visit
-from tests.support.website import EVIL
+from tests.browser.conftest import LORA, Shown, Visit
+from tests.support.website import EVIL, PASSWORD
 
 pytestmark = pytest.mark.backends
 
@@ -163,6 +165,69 @@ def test_a_replay_by_keyboard_alone(visit: Visit) -> None:
     assert visit.shown.inbox.one("select state from webhook.deliveries where id = %s", number) == "retry"
 
 
+def tab_to(page: Page, what: str, most: int = 60) -> None:
+    """Press Tab until the focus is on it."""
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.locator(":focus").evaluate("(part, what) => part.matches(what)", what):
+            return
+    raise AssertionError(f"the keyboard does not reach {what}")
+
+
+def test_login_filter_paging_and_a_bulk_action_by_keyboard_alone(visit: Visit) -> None:
+    for index in range(2):
+        visit.shown.inbox.deliver(f"keys-{index}", "unknown", "dead", error="x")
+    page = visit.open("/login")
+    tab_to(page, "[name=name]")
+    page.keyboard.type("maria")
+    page.keyboard.press("Tab")
+    page.keyboard.type(PASSWORD)
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("Overview")
+    tab_to(page, "nav a[href='/deliveries']")
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("Deliveries")
+    tab_to(page, "a[rel=next]", 200)
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile("after="))
+    tab_to(page, "nav a[href='/dead-letters']")
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("Dead letters")
+    tab_to(page, "select[name=status]")
+    page.keyboard.type("unknown")
+    tab_to(page, ".filters button")
+    page.keyboard.press("Enter")
+    expect(page.locator("tbody tr")).to_have_count(2)
+    tab_to(page, "form[action$='dead-letters.discard/preview'] button")
+    page.keyboard.press("Enter")
+    expect(page.locator(".count")).to_contain_text("2 of 2")
+    tab_to(page, "[name=why]")
+    page.keyboard.type("by keyboard")
+    tab_to(page, ".confirm button")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status")).to_contain_text("Changed: 2")
+    tab_to(page, "select[name=theme]")
+    page.keyboard.type("Dark")
+    tab_to(page, "form.look button")
+    page.keyboard.press("Enter")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+
+
+def test_times_are_in_the_readers_own_zone(chromium: Browser, shown: Shown) -> None:
+    context = chromium.new_context(timezone_id="Asia/Tokyo", locale="en")
+    visit = Visit(context.new_page(), shown, [])
+    page = visit.log_in()
+    expect(page.get_by_text("Times in Asia/Almaty")).to_be_visible()
+    page.locator("[name=zone]").select_option("Asia/Tokyo")
+    page.locator("form.look button").click()
+    expect(page.get_by_text("Times in Asia/Tokyo (UTC+09:00)")).to_be_visible()
+    visit.open(f"/deliveries/{shown.ids['done']}")
+    shown_time = page.locator(".timeline time").first
+    exact = datetime.fromisoformat(shown_time.get_attribute("datetime") or "")
+    expect(shown_time).to_have_text(exact.astimezone(ZoneInfo("Asia/Tokyo")).strftime("%Y-%m-%d %H:%M:%S"))
+    context.close()
+
+
 def test_many_are_discarded_without_scripts(plain: Visit) -> None:
     for index in range(3):
         plain.shown.inbox.deliver(f"plain-{index}", "cancelled", "dead", error="x")
@@ -184,8 +249,32 @@ def test_a_viewer_is_offered_nothing(visit: Visit) -> None:
     visit.log_in("viktor")
     page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
     expect(page.get_by_text("Headers, body and actions are for operators.")).to_be_visible()
-    assert page.locator("pre, .actions").count() == 0
+    assert page.locator("pre, .actions, a[href*='/files/']").count() == 0
+    expect(page.get_by_text("pytorch_lora_weights.safetensors")).to_be_visible()
     assert visit.open("/dead-letters").locator(".actions, [name=text]").count() == 0
+
+
+def test_an_archived_file_is_downloaded_and_the_timeline_says_by_whom(visit: Visit) -> None:
+    visit.log_in()
+    page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
+    link = page.get_by_role("link", name="Download pytorch_lora_weights.safetensors")
+    link.focus()
+    with page.expect_download() as begun:
+        page.keyboard.press("Enter")
+    assert begun.value.suggested_filename == "pytorch_lora_weights.safetensors"
+    assert Path(begun.value.path()).read_bytes() == LORA
+    page.reload()
+    expect(page.locator(".timeline .deed")).to_contain_text(["archive.download"])
+    expect(page.locator(".timeline .deed")).to_contain_text(["maria"])
+    assert violations(page) == []
+
+
+def test_a_file_that_the_store_has_lost_is_said_on_a_page(visit: Visit) -> None:
+    visit.log_in()
+    page = visit.open(f"/deliveries/{visit.shown.ids['done']}")
+    page.get_by_role("link", name=f"Download delivery-{visit.shown.ids['done']}.json").click()
+    expect(page.locator("h1")).to_have_text("The object store does not have this file (any more).")
+    assert violations(page) == []
 
 
 def test_live_shows_what_arrives_and_goes_on_after_a_break(visit: Visit) -> None:

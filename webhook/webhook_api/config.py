@@ -65,13 +65,15 @@ class Need(Enum):
     VERIFIER = "verifier"
     OUTBOUND = "outbound"
     """Servers that deliveries are handed on to: the worker alone calls them, and holds their secrets."""
+    ARCHIVE = "archive"
+    """The object store's keys where they are given: the console reads files with them, and does without."""
 
 
-NEEDS_SERVE: Final = frozenset(Need) - {Need.OUTBOUND}
+NEEDS_SERVE: Final = frozenset(Need) - {Need.OUTBOUND, Need.ARCHIVE}
 NEEDS_BACKENDS: Final = frozenset({Need.DATABASE, Need.REDIS, Need.OBJECT_STORE})
 NEEDS_WORKER: Final = NEEDS_BACKENDS | {Need.OUTBOUND}
 NEEDS_MIGRATE: Final = frozenset({Need.DATABASE})
-NEEDS_CONSOLE: Final = frozenset({Need.DATABASE})
+NEEDS_CONSOLE: Final = frozenset({Need.DATABASE, Need.ARCHIVE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,8 +300,8 @@ def _read(reader: _Reader, needs: frozenset[Need]) -> Settings:
         redis_url=redis_url,
         redis_password=redis_password,
         minio_endpoint=minio_endpoint,
-        minio_access_key=_required(reader, "MINIO_ACCESS_KEY", True) if Need.OBJECT_STORE in needs else "",
-        minio_secret_key=_required(reader, "MINIO_SECRET_KEY", True) if Need.OBJECT_STORE in needs else "",
+        minio_access_key=_store_key(reader, "MINIO_ACCESS_KEY", needs),
+        minio_secret_key=_store_key(reader, "MINIO_SECRET_KEY", needs),
         minio_bucket=_bucket(reader),
         minio_secure=minio_secure,
         fal_webhook_secret=_secret(reader, "FAL_WEBHOOK_SECRET") if Need.VERIFIER in needs else None,
@@ -357,6 +359,12 @@ def _required(reader: _Reader, name: str, needed: bool) -> str:
     if needed and not value and len(reader.faults) == before:
         reader.faults.append(f"{name} is not set (nor {name}_FILE)")
     return value
+
+
+def _store_key(reader: _Reader, name: str, needs: frozenset[Need]) -> str:
+    if not needs & {Need.OBJECT_STORE, Need.ARCHIVE}:
+        return ""
+    return _required(reader, name, Need.OBJECT_STORE in needs)
 
 
 def _database(reader: _Reader, needs: frozenset[Need]) -> str:

@@ -47,16 +47,18 @@ _VARIANTS: Final = """
 select body_sha256, octet_length(body) as body_bytes, seen_at from webhook.delivery_variants
 where delivery_id = %s order by seen_at
 """
+# `@>` and not `any`: an index answers it.
 _AUDIT: Final = """
 select id, at, operation, who, instance, action, filter, affected, delivery_ids, detail from webhook.audit
-where (%(delivery)s::bigint is null or %(delivery)s = any(delivery_ids))
+where (%(delivery)s::bigint is null or delivery_ids @> array[%(delivery)s::bigint])
   and (%(after)s::bigint is null or id < %(after)s)
   and (%(action)s::text is null or action = %(action)s)
   and (%(who)s::text is null or who = %(who)s)
-order by id desc limit %(limit)s
+order by {key} desc limit %(limit)s
 """
+# No cast of the column: its key would answer nothing then.
 _REQUESTS_OF_AVATAR: Final = """
-select fal_request_id from public.avatars where id::text = %s and fal_request_id is not null
+select fal_request_id from public.avatars where id = %s and fal_request_id is not null
 """
 _REQUESTS_BY_EFFECT: Final = """
 select distinct d.request_id from webhook.effects e join webhook.deliveries d on d.id = e.delivery_id
@@ -79,6 +81,8 @@ class Filter:
     request_ids: tuple[str, ...] = ()
     avatar_id: str | None = None
     """Resolved into request ids by :func:`resolved`."""
+    avatar_recorded: str | None = None
+    """Of this avatar by what its effect has recorded: no index answers it (:func:`resolved`)."""
     reason: str | None = None
     """A reason in the last error or of an effect, or why it was kept aside. Letters, digits and ``_`` only."""
     text: str | None = None
@@ -136,6 +140,7 @@ class Filter:
             "text": text,
             "text_bytes": text.encode("utf-8", "surrogatepass"),
             "text_json": json.dumps(text)[1:-1].encode(),
+            "avatar_recorded": self.avatar_recorded,
             "aside": self.aside,
             "probe": self.probe,
         }
@@ -152,27 +157,36 @@ _CONDITIONS: Final = {
     "reason": "d.last_error ~ %(reason_pattern)s or d.aside = %(reason)s or exists (select from webhook.effects e "
     "where e.delivery_id = d.id and e.detail ->> 'reason' = %(reason)s)",
     "text": "position(%(text)s in d.last_error) > 0 or position(%(text_bytes)b in d.body) > 0 "
-    "or position(%(text_json)b in d.body) > 0",
+    "or (%(text_json)b <> %(text_bytes)b and position(%(text_json)b in d.body) > 0)",
+    "avatar_recorded": "exists (select from webhook.effects e where e.delivery_id = d.id and e.name = 'avatar' "
+    "and e.detail ->> 'avatar_id' = %(avatar_recorded)s)",
     "aside": "d.aside is not null and (%(aside)s = 'any' or d.aside = %(aside)s)",
     "probe": "d.probe = %(probe)s",
 }
 
 
-def resolved(connection: Connection, wanted: Filter) -> Filter:
-    """Replace an avatar's id by the requests that belong to it: the bot's row first, else what the effects recorded."""
+def resolved(connection: Connection, wanted: Filter, *, deep: bool = True) -> Filter:
+    """Replace an avatar's id by the requests that belong to it: the bot's row first, else what the effects recorded.
+
+    The effects have no index for that. Not ``deep``: they become a condition instead, for who looks at few deliveries.
+    """
     if wanted.avatar_id is None:
         return wanted
     found: list[tuple[Any, ...]] = []
-    # Where the bot's table is not there, or not ours to read: the effects know the avatars as well.
-    with contextlib.suppress(errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege):
+    # Where the bot's table is not there, or not ours to read, or has another kind of ids: the effects know the avatars
+    # as well.
+    with contextlib.suppress(
+        errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege, errors.DataError
+    ):
         found = connection.execute(_REQUESTS_OF_AVATAR, (wanted.avatar_id,)).fetchall()
+    if not found and not deep:
+        return replace(wanted, avatar_recorded=wanted.avatar_id)
     found = found or connection.execute(_REQUESTS_BY_EFFECT, (wanted.avatar_id,)).fetchall()
     requests = {str(row[0]) for row in found}
     if wanted.request_ids:
         requests &= set(wanted.request_ids)
     # No request has the id "": an avatar without requests has no deliveries.
-    values = {item.name: getattr(wanted, item.name) for item in fields(wanted)}
-    return Filter(**{**values, "request_ids": tuple(sorted(requests)) or ("",)})
+    return replace(wanted, request_ids=tuple(sorted(requests)) or ("",))
 
 
 def listed(
@@ -190,44 +204,17 @@ def listed(
     """
     direction, beyond = ("asc", ">") if oldest_first else ("desc", "<")
     key = order_key(wanted, extra)
-    cursor = connection.execute(
-        f"{_SELECT} from webhook.deliveries d where {wanted.where()} and {extra} "
-        f"and (%(after)s::bigint is null or d.id {beyond} %(after)s) order by {key} {direction} limit %(limit)s",
+    place = "true" if after is None else f"{key} {beyond} %(after)s"
+    return selected(
+        connection,
+        f"{wanted.where()} and {extra} and {place} order by {key} {direction} limit %(limit)s",
         {**wanted.parameters(), "after": after, "limit": limit},
     )
-    return rows(cursor)
 
 
-def listed_by_time(
-    connection: Connection,
-    wanted: Filter,
-    *,
-    limit: int,
-    after: int | None = None,
-    oldest_first: bool = False,
-) -> list[dict[str, Any]]:
-    """One page in the order of arrival, for a window of time whose rows mostly match: it is read from one end.
-
-    ``after`` is the id at which the last page ended. Where that row is gone there is no page.
-    """
-    direction, beyond = ("asc", ">") if oldest_first else ("desc", "<")
-    values = {**wanted.parameters(), "after": after, "limit": limit}
-    key = "true"
-    if after is not None:
-        found = connection.execute(
-            "select first_seen_at from webhook.deliveries where id = %s", (after,)
-        ).fetchone()
-        if found is None:
-            return []
-        values["at"] = found[0]
-        # The first part is what the index on times takes.
-        key = f"d.first_seen_at {beyond}= %(at)s and (d.first_seen_at, d.id) {beyond} (%(at)s, %(after)s)"
-    cursor = connection.execute(
-        f"{_SELECT} from webhook.deliveries d where {wanted.where()} and {key} "
-        f"order by d.first_seen_at {direction}, d.id {direction} limit %(limit)s",
-        values,
-    )
-    return rows(cursor)
+def selected(connection: Connection, how: str, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Deliveries as lists show them. ``how`` is what follows ``where``, written by this program."""
+    return rows(connection.execute(f"{_SELECT} from webhook.deliveries d where {how}", values))
 
 
 def order_key(wanted: Filter, extra: str) -> str:
@@ -235,11 +222,13 @@ def order_key(wanted: Filter, extra: str) -> str:
     return "d.id + 0" if wanted.narrow or (extra != "true" and "done" not in extra) else "d.id"
 
 
-def counted(connection: Connection, wanted: Filter, extra: str = "true") -> dict[str, int]:
-    """How many match, by state; no more than COUNTED_MAX + 1 rows are looked at."""
+def counted(
+    connection: Connection, wanted: Filter, extra: str = "true", most: int = COUNTED_MAX
+) -> dict[str, int]:
+    """How many match, by state; the count ends at ``most`` + 1."""
     found = connection.execute(
         f"select state, count(*) from (select d.state from webhook.deliveries d where {wanted.where()} and {extra} "  # noqa: S608
-        f"limit {COUNTED_MAX + 1}) counted group by state",
+        f"limit {int(most) + 1}) counted group by state",
         wanted.parameters(),
     ).fetchall()
     return {str(state): int(number) for state, number in found}
@@ -324,7 +313,9 @@ def audited(
 ) -> list[dict[str, Any]]:
     """What operators did, the latest first."""
     asked = {"delivery": delivery, "action": action, "who": who, "after": after, "limit": limit}
-    return rows(connection.execute(_AUDIT, asked))
+    # Of one delivery there are few: they are found by their index, and not by the table's key.
+    query = _AUDIT.format(key="id" if delivery is None else "id + 0")
+    return rows(connection.execute(query.encode(), asked))
 
 
 def rows(cursor: psycopg.Cursor[Any]) -> list[dict[str, Any]]:

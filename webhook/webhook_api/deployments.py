@@ -29,12 +29,16 @@ on conflict (id, host) do nothing
 """
 _LIST: Final = """
 select id, host, kind, started_at, ended_at, who, from_release, to_release, result, record
-from webhook.deployments
+from webhook.deployments d
 where (%(host)s::text is null or host = %(host)s)
   and (%(kind)s::text is null or kind = %(kind)s)
   and (%(result)s::text is null or result = %(result)s)
   and (%(since)s::timestamptz is null or started_at >= %(since)s)
   and (%(id)s::text is null or id = %(id)s)
+  and (%(beyond)s::text is null or exists (
+      select from webhook.deployments b where b.id = %(beyond)s and b.host = %(beyond_host)s
+        and ((d.started_at, d.id) < (b.started_at, b.id)
+             or ((d.started_at, d.id) = (b.started_at, b.id) and d.host > b.host))))
 order by started_at desc, id desc, host
 limit %(limit)s
 """
@@ -142,8 +146,10 @@ def listed(
     since: datetime | None = None,
     identifier: str | None = None,
     limit: int = 50,
+    beyond: tuple[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Runs that match, the newest first, one row a host."""
-    wanted = {"host": host, "kind": kind, "result": result, "since": since, "id": identifier, "limit": limit}
+    """Runs that match, the newest first, one row a host. ``beyond``: run and host of the record at which a page ended."""
+    wanted = {"host": host, "kind": kind, "result": result, "since": since, "id": identifier, "limit": limit,
+              "beyond": beyond and beyond[0], "beyond_host": beyond and beyond[1]}  # fmt: skip
     with connection.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(_LIST, wanted).fetchall()

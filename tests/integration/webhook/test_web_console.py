@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import http.client
+import io
 import json
+import os
 import re
 import threading
 import time
+import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,16 +24,19 @@ import psycopg
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from minio import Minio
+from minio.error import MinioException
 from webhook_api import rollups
 from webhook_api.config import NEEDS_CONSOLE, load_settings
 from webhook_api.db import connect
-from webhook_api.web import live, openapi
+from webhook_api.web import deeds, live, look, openapi
 from webhook_api.web.app import create_app
 from webhook_api.web.limits import PER_ACCOUNT
 from webhook_api.web.services import Services
 
 from tests.support.console import good, lines, typed
 from tests.support.website import EVIL, PASSWORD, Inbox, show_case, website
+from tests.support.workerlab import Bucket, bot_tables
 
 pytestmark = pytest.mark.backends
 
@@ -275,6 +285,127 @@ def test_a_window_of_time_is_followed_in_the_order_of_arrival(operator: FlaskCli
     assert ids(get(operator, newer[1].replace("&amp;", "&")).text) == wanted[::-1][50:100]
 
 
+LOOKED = [
+    ("text=needle", lambda index: index % 40 == 3),
+    ("state=done&status=completed&text=needle", lambda index: index % 40 == 3 and index % 7 != 0),
+    ("status=failed&text=needle", lambda index: index % 40 == 3 and index % 7 == 0),
+    ("status=failed&source=manual", lambda index: index % 7 == 0 and index % 3 == 0),
+    ("reason=needle", lambda index: index % 40 == 3),
+    ("avatar_id=a-1", lambda index: index % 50 == 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("query", "matches"), LOOKED, ids=[query for query, _ in LOOKED])
+def test_what_no_index_answers_is_looked_for_page_by_page(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch, query: str, matches: Any
+) -> None:
+    monkeypatch.setattr(look, "AT_ONCE", 17)
+    monkeypatch.setattr(look, "PROBED", 17)
+    wanted = []
+    for index in range(150):
+        number = inbox.deliver(
+            f"r-{index}", "failed" if index % 7 == 0 else "completed", source="manual" if index % 3 == 0 else "fal",
+            ago=1500.0 - index, error="avatar: needle: x" if index % 40 == 3 else None,
+        )  # fmt: skip
+        if index % 50 == 1:
+            inbox.effect(number, "avatar", avatar_id="a-1")
+        if matches(index):
+            wanted.insert(0, number)
+    found, link, pages = [], f"/deliveries?since=2h&{query}", []
+    while link:
+        pages.append(get(operator, link).text)
+        found += ids(pages[-1])
+        older = re.search(r'href="([^"]+)" rel="next"', pages[-1])
+        assert (older is not None) == ("looked through for this page: 17" in pages[-1])
+        link = older[1].replace("&amp;", "&") if older else ""
+    assert found == wanted
+    assert len(pages) > 1
+    # And back again, from before the first: each once, and none is missing.
+    back, before = [], inbox.one("select min(id) - 1 from webhook.deliveries")
+    for _ in range(30):
+        text = get(operator, f"/deliveries?since=2h&{query}&before={before}").text
+        back = ids(text) + back
+        newer = re.search(r'before=(\d+)" rel="prev"', text)
+        if not newer:
+            break
+        before = newer[1]
+    assert back == wanted
+
+
+def test_large_bodies_make_a_page_look_through_fewer(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "BYTES", 2500)
+    made = [
+        inbox.deliver(f"r-{index}", ago=100.0 - index, body={"x": "y" * 1000, "n": f"needle{index}"})
+        for index in range(7)
+    ]
+    texts, link = [], "/deliveries?since=1h&text=needle0"
+    while link:
+        texts.append(get(operator, link).text)
+        older = re.search(r'href="([^"]+)" rel="next"', texts[-1])
+        link = older[1].replace("&amp;", "&") if older else ""
+    assert [ids(text) for text in texts] == [[], [], [], made[:1]]
+    assert all("looked through for this page: 2." in text for text in texts[:3])
+
+
+def test_the_api_says_how_far_it_has_looked(
+    app: Flask, inbox: Inbox, monkeypatch: pytest.MonkeyPatch, document: Any
+) -> None:
+    monkeypatch.setattr(look, "AT_ONCE", 5)
+    made = [
+        inbox.deliver(f"r-{index}", ago=100.0 - index, error="x: needle" if index == 0 else None)
+        for index in range(9)
+    ]
+    token = inbox.token("ci", "operator")
+    first = call(app, token, "/deliveries?text=needle")
+    check(document, "/deliveries", first)
+    assert (first.json["deliveries"], first.json["after"]) == ([], made[4])
+    assert first.json["looked_to"]
+    second = call(app, token, f"/deliveries?text=needle&after={first.json['after']}").json
+    assert [row["id"] for row in second["deliveries"]] == made[:1]
+    assert (second["after"], second["looked_to"]) == (None, None)
+
+
+def test_a_page_goes_on_from_a_delivery_that_is_gone(operator: FlaskClient, inbox: Inbox) -> None:
+    made = [inbox.deliver(f"r-{index}", "failed", ago=100.0 - index) for index in range(9)]
+    inbox.connection.execute("delete from webhook.deliveries where id = %s", (made[5],))
+    assert ids(get(operator, f"/deliveries?status=failed&after={made[5]}").text) == made[4::-1]
+    assert ids(get(operator, f"/deliveries?status=failed&before={made[5]}").text) == made[:5:-1]
+
+
+def test_a_bots_table_that_takes_too_long_is_said(
+    operator: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(_: Any) -> Any:
+        raise psycopg.errors.QueryCanceled
+
+    monkeypatch.setattr("webhook_api.web.lists.avatars", slow)
+    answer = get(operator, "/avatars")
+    assert answer.status_code == 200
+    assert "no index on what is in training" in answer.text
+
+
+@pytest.mark.parametrize("native_enum", [False, True])
+def test_avatars_are_found_however_the_bot_spells(
+    operator: FlaskClient, inbox: Inbox, native_enum: bool
+) -> None:
+    inbox.connection.execute(bot_tables(native_enum, True))  # type: ignore[call-overload]
+    user = uuid.uuid4()
+    inbox.connection.execute("insert into users values (%s, '1')", (user,))
+    for name, status in (("Aigerim", "TRAINING"), ("Timur", "COMPLETED")):
+        inbox.connection.execute(
+            "insert into avatars (id, user_id, name, status) values (%s, %s, %s, %s)",
+            (uuid.uuid4(), user, name, status),
+        )
+    text = get(operator, "/avatars").text
+    inbox.connection.execute(
+        "drop table avatars, users; drop type if exists avatar_status, avatar_training_type"
+    )
+    assert "Aigerim" in text
+    assert "Timur" not in text
+
+
 FILTERS = [
     ("state=dead", {"dead", "evil", "aside"}), ("status=failed&state=dead", {"evil"}), ("aside=stale", {"aside"}),
     ("text=diffusers_lora_file", {"done"}), ("request_id=stale-5d41402a", {"aside"}), ("reason=object_refused", {"dead"}),
@@ -331,6 +462,107 @@ def test_the_timeline_is_in_the_order_of_time(app: Flask, inbox: Inbox) -> None:
     assert "aisha-files/deliveries/2026/11/29/segment-0001.ndjson" in text
 
 
+def test_deployments_are_followed_to_the_first(
+    app: Flask, inbox: Inbox, operator: FlaskClient, document: Any
+) -> None:
+    inbox.connection.execute(
+        "insert into webhook.deployments (id, host, kind, started_at, result, record) "
+        "select 'run-' || run, 'webhook-' || host, 'deploy', now() - make_interval(hours => run / 2), 'done', '{}' "
+        "from generate_series(10, 49) run, generate_series(1, 3) host"
+    )
+    wanted = inbox.connection.execute(
+        "select id, host from webhook.deployments order by started_at desc, id desc, host"
+    ).fetchall()
+    token, found, path = inbox.token("ci", "viewer"), [], "/deployments"
+    while path:
+        page = call(app, token, path)
+        check(document, "/deployments", page)
+        found += [(row["id"], row["host"]) for row in page.json["deployments"]]
+        after, host = page.json["after"], page.json["host"]
+        path = f"/deployments?after={after}&host={host}" if after else ""
+    assert found == wanted
+    assert len(found) == 120
+    older = re.search(r'href="([^"]+)" rel="next"', get(operator, "/deployments").text)
+    assert older
+    assert "webhook-1" in get(operator, older[1].replace("&amp;", "&")).text
+    assert get(operator, "/deployments?after=%00&host=x").status_code == 400
+    assert "No deployment is recorded." in get(operator, "/deployments?after=nowhere&host=x").text
+
+
+# Files
+
+
+@pytest.fixture
+def store(s3: Bucket) -> Iterator[Minio]:
+    client = Minio(s3.endpoint, s3.access_key, s3.secret_key, secure=False, region="us-east-1")
+    bucket = f"test-{uuid.uuid4().hex[:12]}"
+    client.make_bucket(bucket)
+    client.bucket = bucket
+    yield client
+    for found in client.list_objects(bucket, recursive=True):
+        client.remove_object(bucket, found.object_name)
+    with contextlib.suppress(MinioException):
+        client.remove_bucket(bucket)
+
+
+def test_files_come_whole_from_the_object_store_or_not_at_all(
+    inbox: Inbox, s3: Bucket, store: Any, tmp_path: Path
+) -> None:
+    inbox.account("maria", "operator")
+    number = inbox.deliver("r-1")
+    data, key = os.urandom(3 * 2**20 + 4711), "webhooks/fal/r-1/payload.lora/lora.safetensors"
+    lines = [
+        json.dumps({"headers": {"X-Webhook-Secret": "s3cr3t", "A": str(index)}}).encode() + b"\n"
+        for index in range(3)
+    ]
+    segment = "deliveries/segments/2026-11-29/1-3.ndjson"
+    place = {
+        "key": segment,
+        "offset": len(lines[0]),
+        "length": len(lines[1]),
+        "sha256": hashlib.sha256(lines[1]).hexdigest(),
+    }
+    inbox.effect(number, "raw_archive", **place)
+    artifact = {"key": key, "state": "stored", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    inbox.effect(number, "archive", artifacts=[artifact])
+    store.put_object(store.bucket, segment, io.BytesIO(b"".join(lines)), sum(map(len, lines)))
+    store.put_object(store.bucket, key, io.BytesIO(data), len(data))
+    settings = {"MINIO_ENDPOINT": s3.endpoint, "MINIO_ACCESS_KEY": s3.access_key, "MINIO_SECRET_KEY": s3.secret_key,
+                "MINIO_BUCKET_NAME": store.bucket, "CONSOLE_SECURE_COOKIES": "false"}  # fmt: skip
+    with website(inbox.url, tmp_path / "log", **settings) as site:
+        opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        csrf = form_of(opener.open(site.address + "/login").read().decode())
+        opener.open(
+            site.address + "/login", f"csrf={csrf}&name=maria&password={PASSWORD.replace(' ', '+')}".encode()
+        )
+        page = opener.open(f"{site.address}/deliveries/{number}").read().decode()
+        delivery, file = re.findall(r'href="(/deliveries/\d+/files/\w+)"', page)
+        for _ in range(5):
+            with opener.open(site.address + file, timeout=20) as answer:
+                assert answer.read() == data
+        assert json.loads(opener.open(site.address + delivery).read())["headers"] == {
+            "X-Webhook-Secret": "***",
+            "A": "1",
+        }
+        count = "select count(*) from webhook.audit where action = 'archive.download' and delivery_ids = array[%s::bigint]"
+        assert inbox.one(count, number) == 6
+        # Somebody has been at the bucket.
+        store.put_object(store.bucket, key, io.BytesIO(data[:-1] + b"!"), len(data))
+        with (
+            opener.open(site.address + file, timeout=20) as answer,
+            pytest.raises(http.client.IncompleteRead),
+        ):
+            answer.read()
+        store.put_object(store.bucket, key, io.BytesIO(data[:-1]), len(data) - 1)
+        for status in (502, 404):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                opener.open(site.address + file, timeout=20)
+            assert refused.value.status == status
+            refused.value.close()
+            store.remove_object(store.bucket, key)
+        assert "s3cr3t" not in site.log()
+
+
 # Actions
 
 
@@ -344,6 +576,26 @@ def test_a_preview_counts_and_changes_nothing(operator: FlaskClient, inbox: Inbo
     assert "Kept aside and left out: 1" in answer.text
     assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 13
     assert aside
+
+
+def test_a_preview_looks_through_the_oldest_and_says_so(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deeds, "LOOKED", 5)
+    made = [inbox.deliver(f"r-{index}", state="dead", ago=900.0 - index, error="x: needle" if index in (1, 7) else "x")
+            for index in range(9)]  # fmt: skip
+    answer = post(operator, "/actions/dead-letters.replay/preview", text="needle", since="1h")
+    assert "Only the oldest 5 were looked through" in answer.text
+    assert 'name="limit" value="1"' in answer.text
+    assert ids(answer.text) == [made[1]]
+    assert (
+        "Changed: 1"
+        in post(operator, "/actions/dead-letters.replay", text="needle", since="1h", limit=1).text
+    )
+    assert inbox.one("select array_agg(id) from webhook.deliveries where state = 'retry'") == [made[1]]
+    plain = post(operator, "/actions/dead-letters.replay/preview", since="1h").text
+    assert "Only the oldest" not in plain
+    assert 'name="limit" value="8"' in plain
 
 
 def test_a_replay_is_done_to_what_was_counted_and_recorded(operator: FlaskClient, inbox: Inbox) -> None:

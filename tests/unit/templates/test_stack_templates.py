@@ -139,7 +139,10 @@ ALL_SECRETS = SECRETS | {
         ("api-1", {"FORWARD_SECRET", "TELEGRAM_BOT_TOKEN", "FAL_API_KEY"}),
         ("worker", {"FAL_WEBHOOK_SECRET", "FAL_WEBHOOK_SECRET_PREVIOUS", "SOURCE_REPLICATE", "FAL_JWKS"}),
         ("migrate", set(ALL_SECRETS) - {"DATABASE_PASSWORD"}),
-        ("console", set(ALL_SECRETS) - {"DATABASE_PASSWORD", "FAL_JWKS"}),
+        (
+            "console",
+            set(ALL_SECRETS) - {"DATABASE_PASSWORD", "FAL_JWKS", "MINIO_ACCESS_KEY", "MINIO_SECRET_KEY"},
+        ),
     ],
 )
 def test_a_container_sees_the_secrets_that_it_needs(service: str, not_its: set[str]) -> None:

@@ -80,6 +80,18 @@ def test_checks_of_another_form_are_none() -> None:
     assert Instance("a", {"checks": {"keys": 5}}).check("keys") == {}
 
 
+def test_an_instance_says_why_it_is_not_healthy() -> None:
+    checks = {
+        "database": {"ok": True}, "redis": {"ok": False, "error": "unreachable"}, "keys": {"ok": True, "stale": True},
+        "spool": {"ok": True, "rows": 3}, "odd": 5, "x" * 500: {"ok": False},
+    }  # fmt: skip
+    found = Instance("a", {"checks": checks}).troubles
+    assert found[:3] == ["redis: unreachable", "keys: stale", "spool: 3"]
+    assert len(found[3]) == 80
+    assert Instance("a", {"checks": {"spool": {"ok": True, "rows": 0}}}).troubles == []
+    assert Instance("a").troubles == []
+
+
 def test_the_monitor_looks_by_itself() -> None:
     with answering(200, json.dumps({"status": "degraded", "instance": "api-1"}).encode()) as address:
         looking = Monitor(ConsoleSettings(instances=(address,)))

@@ -15,7 +15,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from webhook_api.config import NEEDS_CONSOLE, ConfigError, load_settings
 from webhook_api.gauges import Inbox
-from webhook_api.web import accounts, charts, gate, lists, openapi, overview, sessions
+from webhook_api.web import accounts, charts, gate, lists, look, openapi, overview, sessions
 from webhook_api.web.app import create_app
 from webhook_api.web.limits import PER_ACCOUNT, PER_ADDRESS, WINDOW, Attempts
 from webhook_api.web.monitor import Instance, Seen, not_after
@@ -199,7 +199,8 @@ def test_no_template_has_script_or_style_in_it() -> None:
 
 
 def test_strangers_are_led_to_the_login(client: FlaskClient) -> None:
-    for path in ("/", "/deliveries?state=dead", "/deliveries/1", "/dead-letters", "/parked", "/avatars", "/deployments",
+    for path in ("/", "/deliveries?state=dead", "/deliveries/1", "/deliveries/1/files/0123456789abcdef", "/dead-letters",
+                 "/parked", "/avatars", "/deployments",
                  "/live", "/live/events", "/charts/deliveries-light.svg"):  # fmt: skip
         answer = client.get(path, base_url=BASE)
         assert answer.status_code == 302, path
@@ -224,6 +225,23 @@ def test_the_cookie_of_the_form_is_bound_to_the_host(client: FlaskClient) -> Non
     for part in ("Secure", "HttpOnly", "Path=/", "SameSite=Strict"):
         assert part in cookie
     assert "Domain" not in cookie
+
+
+def test_a_reader_chooses_the_zone_and_it_is_named(client: FlaskClient) -> None:
+    text = client.get("/login", base_url=BASE).text
+    assert "Times in Asia/Almaty (UTC+05:00)" in text
+    csrf = re.search(r'name="csrf" value="(\w+)"', text)
+    assert csrf
+    for zone, named in (("UTC", "Times in UTC (UTC+00:00)"), ("Mars/Olympus", "Times in UTC"), ("", "Times in Asia/Almaty"),
+                        ("Asia/Kathmandu", "Times in Asia/Kathmandu (UTC+05:45)")):  # fmt: skip
+        answer = client.post("/look", data={"csrf": csrf[1], "zone": zone, "next": "/login"}, base_url=BASE)
+        assert answer.status_code == 303
+        assert named in client.get("/login", base_url=BASE).text
+
+
+def test_a_zone_that_somebody_has_made_up_is_the_sites(client: FlaskClient) -> None:
+    client.set_cookie("__Host-console_zone", "../../etc/passwd", domain="localhost", secure=True)
+    assert "Times in Asia/Almaty" in client.get("/login", base_url=BASE).text
 
 
 def test_the_api_wants_a_token_and_says_so_in_json(client: FlaskClient) -> None:
@@ -286,6 +304,33 @@ def test_who_sees_no_bodies_looks_for_no_text() -> None:
     with pytest.raises(lists.FilterInvalid):
         lists.read_filter({"text": "secret"}, ZONE, bodies=False)
     assert lists.read_filter({"text": "x"}, ZONE, bodies=True).since is not None
+
+
+WAYS = [
+    ({}, "true", None),
+    ({"request_id": "r", "text": "x"}, "true", None),
+    ({"since": "1h"}, "true", ({"since"}, set(), True)),
+    ({"since": "24h", "status": "failed"}, "true", ({"since", "status"}, set(), True)),
+    ({"status": "failed", "source": "manual"}, "true", ({"status"}, {"source"}, True)),
+    ({"source": "manual", "state": "done"}, "true", ({"source"}, {"states"}, True)),
+    ({"source": "fal", "status": "completed"}, "true", (set(), {"source", "status"}, True)),
+    ({"until": "1h", "text": "x"}, "true", ({"until", "since"}, {"text"}, True)),
+    ({"reason": "x"}, "true", (set(), {"reason"}, True)),
+    ({"state": "dead", "since": "1h"}, "true", ({"states"}, {"since"}, False)),
+    ({"aside": "stale"}, "true", ({"aside"}, set(), False)),
+    ({"status": "failed", "since": "1h"}, "d.state = 'parked'", (set(), {"status", "since"}, False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("values", "extra", "way"), WAYS, ids=[" ".join(values) or "none" for values, _, _ in WAYS]
+)
+def test_each_filter_is_looked_through_in_the_order_of_an_index(
+    values: dict[str, str], extra: str, way: tuple[set[str], set[str], bool] | None
+) -> None:
+    found = look._way(lists.read_filter(values, ZONE, bodies=True), extra)
+    shown = None if found is None else (set(found.given.said()), set(found.rest.said()), found.by_time)
+    assert shown == way
 
 
 # A delivery

@@ -7,7 +7,8 @@ from typing import Any, Final
 from flask import Blueprint, Response, abort, g, jsonify, request
 
 from webhook_api.console import Filter
-from webhook_api.web import deeds, gate, lists, openapi, overview
+from webhook_api.web import deeds, download, gate, lists, openapi, overview
+from webhook_api.web.files import Stored, stored
 from webhook_api.web.words import Words
 
 PREFIX: Final = openapi.PREFIX
@@ -46,7 +47,12 @@ def show_overview() -> Response:
         last_delivery_at=_plain(found["last"]),
         last_24_hours=found["recent"],
         hours=[_plain(hour) for hour in found["hours"]],
-        instances=[{"name": item.name, "status": item.status} for item in found["instances"]],
+        instances=[
+            {"name": item.name, "status": item.status, "troubles": item.troubles}
+            for item in found["instances"]
+        ],
+        keys_age_seconds=found["keys_age"],
+        spool_rows=found["spool"],
         certificate_ends_at=_plain(found["certificate"]),
         running=_plain(found["running"]),
     )
@@ -79,7 +85,9 @@ def _page(extra: str) -> Response:
         abort(400, "filter")
     with gate.services().read() as connection:
         page = lists.page(connection, wanted, extra=extra, limit=min(limit, lists.MOST), **where)
-    return jsonify(deliveries=[_plain(row) for row in page.rows], after=page.older, before=page.newer)
+    return jsonify(
+        deliveries=[_plain(row) for row in page.rows], after=page.older, before=page.newer, looked_to=_plain(page.reached)
+    )  # fmt: skip
 
 
 @blueprint.get("/deliveries/<int:identifier>")
@@ -91,7 +99,23 @@ def show_delivery(identifier: int) -> Response:
         abort(404)
     if g.who.operator and row.get("headers") is not None:
         row["headers"] = lists.kept_headers(row)
-    return jsonify(_plain({**row, "avatar_id": lists.avatar_id(row), "objects": lists.objects(row)}))
+    answer = {**row, "avatar_id": lists.avatar_id(row), "objects": [item.key for item in stored(row)]}
+    if g.who.operator:
+        answer["files"] = [_file(identifier, item) for item in stored(row)]
+    return jsonify(_plain(answer))
+
+
+def _file(identifier: int, item: Stored) -> dict[str, Any]:
+    path = f"{PREFIX}/deliveries/{identifier}/files/{item.mark}"
+    return {"name": item.name, "key": item.key, "bytes": item.size, "sha256": item.sha256, "path": path}
+
+
+@blueprint.get("/deliveries/<int:identifier>/files/<mark>")
+def show_file(identifier: int, mark: str) -> Response:
+    """A file of a delivery, for operators."""
+    if not g.who.operator:
+        abort(403, "operators")
+    return download.send(identifier, mark)
 
 
 @blueprint.get("/avatars")
@@ -105,9 +129,12 @@ def show_avatars() -> Response:
 @blueprint.get("/deployments")
 def show_deployments() -> Response:
     """Deployment records."""
-    with gate.services().read() as connection:
-        found = lists.runs(connection)
-    return jsonify(deployments=[_plain(row) for row in found])
+    try:
+        with gate.services().read() as connection:
+            page = lists.runs(connection, request.args.get("after"), request.args.get("host"))
+    except lists.FilterInvalid:
+        abort(400, "filter")
+    return jsonify(deployments=[_plain(row) for row in page.rows], after=page.after, host=page.host)
 
 
 @blueprint.post("/actions/<name>")
@@ -131,7 +158,9 @@ def act(name: str) -> Response:
     services, deed = gate.services(), deeds.action(name, wanted, why)
     with services.read() as connection:
         found = deeds.preview(connection, deed, wanted)
-    answer = {key: found[key] for key in ("action", "matched", "states", "left_out")} | {"changed": 0}
+    answer = {key: found[key] for key in ("action", "matched", "states", "left_out", "partial")} | {
+        "changed": 0
+    }
     if not given.get("dry_run", True):
         with services.write() as connection:
             done = deeds.do(connection, deed, wanted, limit, g.who, services.settings.instance_id)

@@ -13,9 +13,9 @@ from webhook_api.config import NEEDS_CONSOLE, Settings, load_settings
 from webhook_api.db import DatabaseUnavailable
 from webhook_api.errors import answer
 from webhook_api.jsonlog import REQUEST_ID, request_id_of
-from webhook_api.web import acts, api, gate, live, login, pages
+from webhook_api.web import acts, api, download, gate, live, login, pages
 from webhook_api.web.services import Services
-from webhook_api.web.words import Words, harmless, preferred
+from webhook_api.web.words import Words, harmless, preferred, zones
 
 LOG: Final = logging.getLogger("webhook_api.access")
 FORM_MOST: Final = 64 * 1024
@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None, services: Services | None = Non
     app.context_processor(_context)
     for error in (HTTPException, DatabaseUnavailable, Exception):
         app.register_error_handler(error, _fault)
-    for module in (login, pages, acts, live, api):
+    for module in (login, pages, acts, download, live, api):
         app.register_blueprint(module.blueprint)
     app.add_url_rule("/health", "health", _health)
     return app
@@ -64,7 +64,8 @@ def _words() -> Words:
     console = gate.services().settings.console
     chosen = request.cookies.get(gate.cookie("language"), "")
     language = chosen or preferred(request.headers.get("Accept-Language", ""), console.language)
-    return Words(language, console.zone)
+    zone = request.cookies.get(gate.cookie("zone"), "")
+    return Words(language, zone if zone in zones() else console.zone)
 
 
 def _context() -> dict[str, Any]:
@@ -74,6 +75,7 @@ def _context() -> dict[str, Any]:
         "t": words.say, "named": words.named, "when": words.time, "span": words.span, "ago": words.since,
         "number": words.number, "words": words, "who": g.get("who"), "theme": g.theme, "csrf": gate.form_token,
         "version": settings.version, "release": settings.release, "here": request.full_path.rstrip("?"),
+        "site_zone": settings.console.zone,
     }  # fmt: skip
 
 
@@ -136,6 +138,8 @@ def _reason(error: Exception) -> tuple[int, str, dict[str, str]]:
 _MESSAGES: Final = {
     "timeout": "error.timeout", "csrf": "error.csrf", "operators": "error.operators", "streams": "error.streams",
     "missing_token": "error.token", "bad_token": "error.token", "filter": "error.filter",
+    "downloads": "error.downloads", "file_missing": "error.file_missing", "file_large": "error.file_large",
+    "file_differs": "error.file_differs", "file_store": "error.file_store",
 }  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from webhook_api import actions, audit
 from webhook_api.actions import DEAD_LETTERS, Action, Done
-from webhook_api.console import COUNTED_MAX, Filter, counted, listed, resolved
+from webhook_api.console import Filter, counted, listed, resolved
 from webhook_api.db import Connection
 from webhook_api.web.accounts import Who
 
@@ -19,6 +20,10 @@ NAMES: Final = (
 )
 MOST: Final = 1000
 """Deliveries that one click changes."""
+COUNTED: Final = 10_000
+"""A preview's count ends here: an action changes fewer."""
+LOOKED: Final = 2000
+"""Deliveries that a preview looks through for what no index answers."""
 PREVIEW: Final = 10
 WHY_MOST: Final = 200
 
@@ -52,25 +57,52 @@ def _effects() -> list[str]:
 
 def preview(connection: Connection, deed: Action, wanted: Filter) -> dict[str, Any]:
     """How many it would be done to, the first of them, and how many that were kept aside are left out."""
-    wanted = resolved(connection, wanted)
-    states = counted(connection, wanted, f"({deed.eligible})")
-    left_out = counted(connection, wanted, f"({deed.left_out})") if deed.left_out else {}
+    wanted = resolved(connection, wanted, deep=False)
+    eligible, partial = _oldest(connection, deed.eligible, wanted)
+    states = counted(connection, wanted, eligible, COUNTED)
+    left_out = counted(connection, wanted, f"({deed.left_out})", COUNTED) if deed.left_out else {}
     matched = sum(states.values())
     return {
         "action": deed.name,
-        "matched": matched,
-        "more_than_counted": matched > COUNTED_MAX,
+        "matched": min(matched, COUNTED),
+        "more": matched > COUNTED,
         "states": states,
         "left_out": sum(left_out.values()),
         "limit": MOST,
-        "preview": listed(connection, wanted, limit=PREVIEW, oldest_first=True, extra=f"({deed.eligible})"),
+        "preview": listed(connection, wanted, limit=PREVIEW, oldest_first=True, extra=eligible)
+        if matched
+        else [],
+        "partial": partial,
+        "looked": LOOKED,
     }
+
+
+def _oldest(connection: Connection, eligible: str, wanted: Filter) -> tuple[str, bool]:
+    """Where no index answers a part of the filter: the oldest ``LOOKED`` alone, and whether there are others."""
+    if not (wanted.text or wanted.reason or wanted.avatar_recorded):
+        return f"({eligible})", False
+    known = replace(wanted, text=None, reason=None, avatar_id=None, avatar_recorded=None)
+    row = connection.execute(
+        f"select d.id from webhook.deliveries d where {known.where()} and ({eligible}) "  # noqa: S608  (see Filter.where)
+        "order by d.id + 0 offset %(looked)s limit 1",
+        {**known.parameters(), "looked": LOOKED},
+    ).fetchone()
+    return (f"({eligible}) and d.id + 0 < {int(row[0])}", True) if row else (f"({eligible})", False)
 
 
 def do(connection: Connection, deed: Action, wanted: Filter, limit: int, who: Who, instance: str) -> Done:
     """Do it to the oldest ``limit`` that match, and record who did."""
     operation = audit.Operation(who.name, instance, deed.name, {**wanted.said(), "by": "console"})
-    return actions.perform(connection, deed, resolved(connection, wanted), min(limit, MOST), operation)
+    return actions.perform(
+        connection, deed, resolved(connection, wanted, deep=False), min(limit, MOST), operation
+    )
+
+
+def fetched(connection: Connection, who: Who, instance: str, identifier: int, key: str, size: int) -> None:
+    """Record that a file of a delivery was given to somebody."""
+    operation = audit.Operation(who.name, instance, "archive.download", {"by": "console"})
+    with connection.transaction():
+        audit.record(connection, operation, 0, [identifier], {"key": key, "bytes": size})
 
 
 def note(connection: Connection, name: str, who: str, instance: str, **detail: Any) -> None:

@@ -12,13 +12,16 @@ from typing import Any, Final
 from zoneinfo import ZoneInfo
 
 import click
-from psycopg import errors
+from psycopg import errors, sql
 
 from webhook_api import console, deployments
 from webhook_api.actions import DEAD_LETTERS
 from webhook_api.cli import filters
 from webhook_api.console import Filter, rows
 from webhook_api.db import Connection
+from webhook_api.effects.avatar_table import Column, read_columns
+from webhook_api.states import EffectError
+from webhook_api.web import look
 
 PAGE: Final = 50
 MOST: Final = 200
@@ -40,7 +43,7 @@ _AVATARS: Final = """
 select a.id::text as id, a.name::text as name, lower(a.training_type::text) as training_type, a.training_progress,
        a.training_started_at, a.fal_request_id::text as request_id, d.id as delivery_id, d.state, d.status,
        d.next_attempt_at, r.state as asked_state, r.next_at as asked_at
-from (select * from public.avatars where lower(status::text) = 'training' order by training_started_at limit 200) a
+from (select * from public.avatars where {training} order by training_started_at limit 200) a
 left join lateral (select id, state, status, next_attempt_at from webhook.deliveries
                    where request_id = a.fal_request_id::text order by id desc limit 1) d on true
 left join webhook.reconciliations r on r.request_id = a.fal_request_id::text
@@ -58,11 +61,17 @@ class FilterInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """One page of a list. ``older`` and ``newer`` are the keys to go on with; None: there is nothing."""
+    """One page of a list. ``older`` and ``newer`` are the keys to go on with; None: there is nothing.
+
+    ``reached``: arrival of the delivery up to which it was looked, where that gave less than a page and more lies behind;
+    ``looked`` at so many.
+    """
 
     rows: list[dict[str, Any]]
     older: int | None
     newer: int | None
+    reached: datetime | None = None
+    looked: int = 0
 
 
 FIELDS: Final = (
@@ -152,37 +161,22 @@ def key_of(text: str | None) -> int | None:
 
 
 def page(connection: Connection, wanted: Filter, *, after: int | None = None, before: int | None = None,
-         extra: str = "true", limit: int = PAGE) -> Page:  # fmt: skip
+         extra: str = look.EVERYTHING, limit: int = PAGE) -> Page:  # fmt: skip
     """A page of deliveries, the newest first: what is older than ``after``, or newer than ``before``."""
-    wanted = console.resolved(connection, wanted)
+    wanted = console.resolved(connection, wanted, deep=False)
     backwards = before is not None
-    begin, most = before if backwards else after, limit + 1
-    if extra == "true" and _mostly_matches(wanted):
-        found = console.listed_by_time(connection, wanted, limit=most, after=begin, oldest_first=backwards)
-    else:
-        found = console.listed(
-            connection, wanted, limit=most, after=begin, oldest_first=backwards, extra=extra
-        )
-    more, found = len(found) > limit, found[:limit]
+    seen = look.through(
+        connection, wanted, limit=limit + 1, after=before if backwards else after, oldest_first=backwards, extra=extra
+    )  # fmt: skip
+    more, found = len(seen.rows) > limit, seen.rows[:limit]
+    stopped, reached = seen.last or (None, None)
     if backwards:
         found.reverse()
     if not found:
-        return Page([], None, None)
-    older = found[-1]["id"] if (more or backwards) else None
+        return Page([], None if backwards else stopped, stopped if backwards else None, reached, seen.looked)
+    older = found[-1]["id"] if (more or backwards) else stopped
     newer = found[0]["id"] if (after is not None or (backwards and more)) else None
-    return Page(found, older, newer)
-
-
-def _mostly_matches(wanted: Filter) -> bool:
-    """Whether a window of time is asked for, and besides it nothing that few deliveries are."""
-    rare = (wanted.ids, wanted.request_ids, wanted.reason, wanted.text, wanted.aside, wanted.probe)
-    return (
-        (wanted.since is not None or wanted.until is not None)
-        and all(value in (None, ()) for value in rare)
-        and wanted.states in ((), ("done",))
-        and wanted.status in (None, "completed")
-        and wanted.source in (None, "fal")
-    )
+    return Page(found, older, stopped or newer if backwards else newer, reached, seen.looked)
 
 
 def queue(connection: Connection, name: str, wanted: Filter, **where: Any) -> Page:
@@ -270,13 +264,6 @@ def _step(
     return {"at": at, "what": what, "name": name, "state": state, "detail": detail}
 
 
-def objects(row: Mapping[str, Any]) -> list[str]:
-    """Where the delivery and its files stand in the object store."""
-    from webhook_api.trace import object_keys
-
-    return object_keys(row["effects"])
-
-
 def avatar_id(row: Mapping[str, Any]) -> str | None:
     """The avatar that a delivery belongs to, as its effect has recorded it."""
     found = [item["detail"].get("avatar_id") for item in row["effects"] if item["name"] == "avatar"]
@@ -286,12 +273,21 @@ def avatar_id(row: Mapping[str, Any]) -> str | None:
 def avatars(connection: Connection) -> list[dict[str, Any]] | None:
     """Avatars in training, the oldest first, and what each waits for; None where the bot's table cannot be read."""
     try:
-        found = rows(connection.execute(_AVATARS))
-    except (errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege):
+        status = read_columns(connection)["status"]
+        found = rows(connection.execute(sql.SQL(_AVATARS).format(training=_in_training(status))))
+    except (EffectError, errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege):
         return None
     for row in found:
         row["waits_for"] = _waits_for(row)
     return found
+
+
+def _in_training(status: Column) -> sql.Composable:
+    """As the table's own index says it (docs/console.md): an enum by its label, text in any case."""
+    if status.labels:
+        label = next((label for label in status.labels if label.lower() == "training"), None)
+        return sql.SQL("status = {}").format(sql.Literal(label)) if label else sql.SQL("false")
+    return sql.SQL("lower(status::text) = 'training'")
 
 
 def _waits_for(row: Mapping[str, Any]) -> str:
@@ -306,9 +302,25 @@ def _waits_for(row: Mapping[str, Any]) -> str:
     return "fal"
 
 
-def runs(connection: Connection, limit: int = PAGE) -> list[dict[str, Any]]:
-    """Deployment records, the newest first."""
-    return deployments.listed(connection, limit=limit)
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A page of deployment records. ``after`` and ``host`` name the last of it, where there are older ones."""
+
+    rows: list[dict[str, Any]]
+    after: str | None = None
+    host: str | None = None
+
+
+def runs(
+    connection: Connection, after: str | None = None, host: str | None = None, limit: int = PAGE
+) -> Runs:
+    """Deployment records, the newest first; those older than the record of a run on a host."""
+    for value in (after, host):
+        if value is not None and (len(value) > LONGEST or "\x00" in value or not _encodes(value)):
+            raise FilterInvalid("after")
+    found = deployments.listed(connection, limit=limit + 1, beyond=(after, host) if after and host else None)
+    rows = found[:limit]
+    return Runs(rows, rows[-1]["id"], rows[-1]["host"]) if len(found) > limit else Runs(rows)
 
 
 def rollups(connection: Connection) -> list[dict[str, Any]]:

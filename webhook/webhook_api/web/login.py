@@ -12,6 +12,7 @@ from webhook_api import audit
 from webhook_api.config_console import LANGUAGES
 from webhook_api.web import accounts, deeds, gate, sessions
 from webhook_api.web.accounts import Who
+from webhook_api.web.words import zones
 
 LOG: Final = logging.getLogger(__name__)
 YEAR: Final = 365 * 86_400
@@ -100,11 +101,15 @@ def logout() -> Answer:
 
 @blueprint.post("/look")
 def look() -> Answer:
-    """Keep language and theme in cookies, and go back."""
+    """Keep language, theme and zone in cookies, and go back. No zone: the site's."""
     gate.recognise()
     gate.require_form()
     response = redirect(gate.safe_path(request.form.get("next")), 303)
-    for name, known in (("language", LANGUAGES), ("theme", ("auto", "light", "dark"))):
+    for name, known in (
+        ("language", LANGUAGES),
+        ("theme", ("auto", "light", "dark")),
+        ("zone", zones() | {""}),
+    ):
         if request.form.get(name) in known:
             gate.give(response, name, request.form[name], seconds=YEAR)
     return response

@@ -41,6 +41,21 @@ class Instance:
         """healthy, degraded, unhealthy, or away."""
         return str(self.document.get("status") or "away")
 
+    @property
+    def troubles(self) -> list[str]:
+        """Why it is not healthy, a few words each: ``redis: unreachable``, ``keys: stale``, ``spool: 3``."""
+        checks = self.document.get("checks")
+        found = []
+        for name in checks if isinstance(checks, dict) else ():
+            check = self.check(str(name))
+            if check.get("ok") is False:
+                found.append(f"{name}: {check.get('error', 'failed')}")
+            elif check.get("stale") is True:
+                found.append(f"{name}: stale")
+            elif name == "spool" and check.get("rows"):
+                found.append(f"{name}: {check['rows']}")
+        return [text[:80] for text in found[:10]]
+
     def check(self, name: str) -> dict[str, Any]:
         """One of its checks; empty when it has none of this name."""
         checks = self.document.get("checks")

@@ -6,12 +6,14 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from flask import Blueprint, Response, abort, g, render_template, request, url_for
+from psycopg import errors
 
 from webhook_api.auth import AuthError
 from webhook_api.cli import filters
 from webhook_api.console import Filter
 from webhook_api.reverify import Report, ReverifyError, Verifiers, check
 from webhook_api.web import charts, gate, lists, overview
+from webhook_api.web.files import stored
 from webhook_api.web.words import lines
 
 CHART_SECONDS: Final = 30
@@ -44,8 +46,11 @@ def where() -> dict[str, Any]:
         abort(400, "filter")
 
 
-def links(endpoint: str, values: dict[str, Any], page: lists.Page) -> dict[str, str | None]:
-    """Addresses of the pages beside this one; they stay what they are when deliveries arrive."""
+def links(endpoint: str, values: dict[str, Any], page: lists.Page) -> dict[str, Any]:
+    """Addresses of the pages beside this one; they stay what they are when deliveries arrive.
+
+    ``reached``: how far it was looked, where the page is not full because of that.
+    """
 
     def to(**key: Any) -> str:
         return url_for(endpoint, **values, **key)
@@ -54,6 +59,8 @@ def links(endpoint: str, values: dict[str, Any], page: lists.Page) -> dict[str, 
         "older": to(after=page.older) if page.older is not None else None,
         "newer": to(before=page.newer) if page.newer is not None else None,
         "first": to() if request.args.get("after") or request.args.get("before") else None,
+        "reached": page.reached,
+        "looked": page.looked,
     }
 
 
@@ -120,9 +127,10 @@ def delivery(identifier: int) -> str:
     if row is None:
         abort(404)
     body = lists.body_of(row) if operator else None
+    services = gate.services()
     return render_template(
         "delivery.html", at="deliveries", row=row, steps=lists.timeline(row), avatar=lists.avatar_id(row),
-        objects=lists.objects(row), bucket=gate.services().settings.minio_bucket,
+        files=stored(row), bucket=services.settings.minio_bucket, gives=operator and services.files is not None,
         verdict=_verdict(row) if operator else None, **_content(row, body),
     )  # fmt: skip
 
@@ -167,17 +175,27 @@ def _verdict_key(report: Report) -> str:
 def avatars() -> str:
     """What trains, how long, and what it waits for."""
     with gate.services().read() as connection:
-        found = lists.avatars(connection)
-    return render_template("avatars.html", at="avatars", rows=found)
+        try:
+            found, fault = lists.avatars(connection), "avatars.unreadable"
+        except errors.QueryCanceled:
+            # The table is the bot's: its indexes are not ours to make.
+            found, fault = None, "avatars.slow"
+    return render_template("avatars.html", at="avatars", rows=found, fault=fault)
 
 
 @blueprint.get("/deployments")
 @gate.page
 def deployments() -> str:
     """Deployment records."""
-    with gate.services().read() as connection:
-        found = lists.runs(connection)
-    return render_template("deployments.html", at="deployments", rows=found)
+    after, host = request.args.get("after"), request.args.get("host")
+    try:
+        with gate.services().read() as connection:
+            page = lists.runs(connection, after, host)
+    except lists.FilterInvalid:
+        abort(400, "filter")
+    older = url_for("pages.deployments", after=page.after, host=page.host) if page.after else None
+    shown = {"older": older, "newer": None, "first": url_for("pages.deployments") if after else None}
+    return render_template("deployments.html", at="deployments", rows=page.rows, links=shown)
 
 
 @blueprint.get("/charts/<name>-<theme>.svg")

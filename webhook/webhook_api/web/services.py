@@ -18,6 +18,7 @@ from webhook_api.auth import KeyStore
 from webhook_api.auth.keys import FileSource
 from webhook_api.config import Settings
 from webhook_api.db import Connection, Database, DatabaseUnavailable
+from webhook_api.web import files
 from webhook_api.web.limits import Attempts
 from webhook_api.web.monitor import Monitor
 
@@ -30,6 +31,8 @@ WRITE_SECONDS: Final = 20.0
 """For an action in its batches."""
 STREAMS: Final = 6
 """Live views at once: each keeps a thread."""
+DOWNLOADS: Final = 2
+"""Files on their way at once: each keeps a thread."""
 GAUGES_SECONDS: Final = 5.0
 HEALTH_SECONDS: Final = 1.0
 """Less than the container's health check waits."""
@@ -54,6 +57,9 @@ class Services:
         self.attempts = Attempts()
         self.monitor = Monitor(settings.console)
         self.streams = threading.BoundedSemaphore(STREAMS)
+        self.downloads = threading.BoundedSemaphore(DOWNLOADS)
+        self.files = files.reader(settings)
+        """None: without the object store's keys files are only named."""
         self._inbox: tuple[float, gauges.Inbox] | None = None
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""What people read: messages in their language, times in the console's zone, and text of others made harmless."""
+"""What people read: messages in their language, times in the reader's zone, and text of others made harmless."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any, Final
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, available_timezones
 
 from markupsafe import Markup, escape
 
@@ -23,6 +23,12 @@ def catalogue(language: str) -> dict[str, str]:
     text = files("webhook_api.web").joinpath("catalogue", f"{language}.json").read_text(encoding="utf-8")
     messages: dict[str, str] = json.loads(text)
     return messages
+
+
+@cache
+def zones() -> frozenset[str]:
+    """All zones that there are."""
+    return frozenset(available_timezones())
 
 
 def harmless(value: Any) -> Any:

@@ -59,6 +59,19 @@ CREATE TABLE IF NOT EXISTS public.avatars (
     trigger_phrase varchar(100)
 );
 CREATE INDEX IF NOT EXISTS avatars_fal_request_id_idx ON public.avatars (fal_request_id);
+-- What is in training, for the console's page: a handful, whatever the table holds. An enum is compared by its own label.
+-- The table is the bot's: where it is made in yet another way, nothing must fail for this.
+DO $$
+DECLARE
+    label text := (SELECT min(enumlabel::text) FROM pg_enum e JOIN pg_attribute a ON a.atttypid = e.enumtypid
+                   WHERE a.attrelid = 'public.avatars'::regclass AND a.attname = 'status' AND lower(enumlabel) = 'training');
+BEGIN
+    EXECUTE 'CREATE INDEX IF NOT EXISTS avatars_training_idx ON public.avatars (status) WHERE '
+        || coalesce(format('status = %L', label), 'lower(status::text) = ''training''');
+EXCEPTION WHEN OTHERS THEN
+    RAISE WARNING 'public.avatars gets no index on what is in training: %', SQLERRM;
+END
+$$;
 
 GRANT USAGE ON SCHEMA public TO aisha_webhook;
 -- What a report of fal changes, and no more: not whose avatar it is, nor its name or trigger.

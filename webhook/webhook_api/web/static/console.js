@@ -1,4 +1,4 @@
-// Copy buttons and the live list. Everything else works without this file.
+// Copy buttons, the browser's zone and the live list. Everything else works without this file.
 "use strict";
 
 for (const button of document.querySelectorAll("button.copy")) {
@@ -10,6 +10,11 @@ for (const button of document.querySelectorAll("button.copy")) {
 		setTimeout(() => button.classList.remove("copied"), 1200);
 	});
 }
+
+// The browser's own zone as a choice.
+const zones = document.getElementById("zone");
+const mine = Intl.DateTimeFormat().resolvedOptions().timeZone;
+if (zones && mine && ![...zones.options].some((option) => option.value === mine)) zones.add(new Option(mine, mine));
 
 const list = document.getElementById("live");
 if (list && window.EventSource) {
