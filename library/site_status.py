@@ -62,7 +62,7 @@ EXAMPLES = r"""
 RETURN = r"""
 status:
   description:
-    - All that was seen - C(release), C(releases), C(services), C(instances), C(certificate), C(lock),
+    - All that was seen - C(release), C(releases), C(services), C(instances), C(certificate), C(lock), C(at_work),
       C(deployments), C(left_behind), C(disk), C(findings), C(ok), C(time).
   returned: success
   type: dict

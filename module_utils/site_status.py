@@ -28,6 +28,7 @@ from ansible.module_utils.docker_engine import EngineError
 from ansible.module_utils.mounted_files import bind_mounts, has_process, has_what_stands
 from ansible.module_utils.release import ReleaseStore
 from ansible.module_utils.rollout.compose import Project
+from ansible.module_utils.rollout.journal import at_work
 from ansible.module_utils.rollout.model import Release, RolloutError, Service, parse_release
 
 STATE, SERVICE_LABEL = "state", "com.docker.compose.service"
@@ -102,9 +103,11 @@ class SiteStatus:
         """The whole state."""
         store = ReleaseStore(str(self.site_dir))
         shown: dict[str, Any] = {"site_dir": str(self.site_dir), "time": iso(self.now())}
-        shown["lock"] = self._lock()
+        # A rollout goes on to its end when the run that began it was killed, or ended with Ctrl-C.
+        shown["at_work"] = at_work(self.site_dir)
+        shown["lock"] = self._lock(shown["at_work"])
         # While a deployment is at work, its switches and its second nginx are as they should be.
-        self.busy = bool(shown["lock"] and not shown["lock"]["dead"])
+        self.busy = bool(shown["at_work"] or (shown["lock"] and not shown["lock"]["dead"]))
         release, shown["release"] = self._release(store)
         shown["releases"] = [_brief(entry) for entry in store.releases()]
         containers = self._containers(release)
@@ -365,7 +368,7 @@ class SiteStatus:
 
     # The site's own state
 
-    def _lock(self) -> dict[str, Any] | None:
+    def _lock(self, rollout: str) -> dict[str, Any] | None:
         lock = DeployLock(self.site_dir)
         try:
             holder = lock.read()
@@ -376,10 +379,15 @@ class SiteStatus:
             return None
         shown = lock.facts(holder) or {}
         if shown["dead"]:
+            follows = (
+                f"Its rollout is still at work on this host ({rollout}), and goes on to its end: look again then"
+                if rollout
+                else "The next run takes it"
+            )
             self._note(
                 "lock",
                 holder.run or "unreadable",
-                f"is held by a run that is over: {holder.described()}. The next run takes it",
+                f"is held by a run that is over: {holder.described()}. {follows}",
             )
         return shown | {"described": holder.described()}
 

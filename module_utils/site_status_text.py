@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+REASON = 300
+"""Characters of a reason that are shown."""
+
 
 def lines(shown: Mapping[str, Any]) -> Iterator[str]:
     """The state for people."""
@@ -47,7 +50,9 @@ def lines(shown: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _told(record: Mapping[str, Any]) -> str:
-    reason = f" ({str(record['reason']).splitlines()[0][:160]})" if record.get("reason") else ""
+    # All lines: the first one often only announces what the next one names.
+    words = " ".join(str(record.get("reason") or "").split())
+    reason = f" ({words[:REASON]}{'…' if len(words) > REASON else ''})" if words else ""
     seconds = f", {record['seconds']} s" if record.get("seconds") is not None else ""
     way = f"{record.get('from') or 'nothing'} -> {record.get('to')}"
     return f"{record['id']} {record['kind']} by {record.get('who') or 'unknown'}: {record['result']}{reason}, {way}{seconds}"

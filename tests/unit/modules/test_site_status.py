@@ -11,6 +11,7 @@ from ansible.module_utils.deploy_lock import DeployLock
 from ansible.module_utils.deploy_record import DeployRecords
 from ansible.module_utils.kept_secrets import KeptSecrets
 from ansible.module_utils.release import ReleaseStore, WantedFile, plan_release
+from ansible.module_utils.rollout.journal import only_one
 from ansible.module_utils.site_status import Bounds, SiteStatus
 from ansible.module_utils.site_status_text import lines
 from test_certificate_dates import certificate
@@ -272,6 +273,19 @@ def test_too_little_room_is_named(site):
     assert [kind for kind, _ in site.found(disk_free_mb=10**12)] == ["disk"]
 
 
+def test_a_rollout_that_goes_on_after_its_run_was_ended_is_named_and_is_no_leftover(site):
+    """Ctrl-C ends ansible-playbook; the module on the host is a process of its own."""
+    (site.root / "state/api-1.down").touch()
+    run = "d-20261123T030000-aaaaaa"
+    DeployRecords(site.root).begin({"id": run, "host": "h", "steps": []})
+    DeployLock(site.root).acquire(run, "aida@laptop", lease=-1)
+    with only_one(site.root, 0):
+        shown = site.look()
+    assert [(f["kind"], f["name"]) for f in shown["findings"]] == [("lock", run)]
+    assert f"still at work on this host (process {os.getpid()} since" in shown["findings"][0]["what"]
+    assert ("switch", "state/api-1.down") in site.found()
+
+
 def test_the_last_deployments_are_shown_the_newest_first(site):
     told = {
         "host": "h",
@@ -285,4 +299,4 @@ def test_the_last_deployments_are_shown_the_newest_first(site):
         DeployRecords(site.root).append(record)
     shown = site.look()
     assert [record["id"] for record in shown["deployments"]] == ["d-6", "d-5", "d-4", "d-3", "d-2"]
-    assert "d-6 deploy by aida: failed (one), nothing -> r-1" in "\n".join(lines(shown))
+    assert "d-6 deploy by aida: failed (one two), nothing -> r-1" in "\n".join(lines(shown))
