@@ -54,8 +54,8 @@ lane() {
 	for name in "$@"; do
 		begin=$SECONDS
 		if run_phase "$name" >"$logs/$name.log" 2>&1 </dev/null; then result=ok; else result=FAILED; fi
+		mv "$logs/$name.log" "$logs/$name.done" # before it is told: who reads of the result looks into it
 		printf '%s %s %d\n' "$result" "$name" $((SECONDS - begin)) >>"$logs/results"
-		mv "$logs/$name.log" "$logs/$name.done"
 	done
 }
 

@@ -156,9 +156,11 @@ class Trouble:
         finally:
             for pump in pumps:
                 pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            end(writer)
-            end(far_writer)
+            try:
+                await asyncio.gather(*pumps, return_exceptions=True)
+            finally:  # also when it is cancelled just now: a cut that meets a goodbye
+                end(writer)
+                end(far_writer)
 
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, answers: bool) -> bool:
         """Carry one direction. True: until one side said goodbye; False: until a fault struck."""

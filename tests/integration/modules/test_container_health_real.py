@@ -72,8 +72,12 @@ def test_a_slow_start_with_one_crash_is_waited_for(run_module, shell):
 
 
 def test_a_container_that_ended_for_want_of_memory(run_module, shell):
-    hungry = shell("tail /dev/zero; exit $?", mem_limit="16m", memswap_limit="16m")
-    hungry.wait(timeout=120)
+    for _ in range(5):
+        hungry = shell("tail /dev/zero; exit $?", mem_limit="16m", memswap_limit="16m")
+        hungry.wait(timeout=120)
+        hungry.reload()
+        if hungry.attrs["State"]["OOMKilled"]:
+            break  # on a busy machine the engine itself misses it now and then, and then nobody can know
     result = run_module("container_health", containers=[{"name": hungry.name}])
     (item,) = result["containers"]
     assert item["reason"] == "exited"
