@@ -254,7 +254,7 @@ def test_more_connections_than_are_held_push_out_the_slowest(parts: Parts, tmp_p
         alone = usual(lab)
         with ExitStack() as stack:
             slow(lab, stack, 1100, HEAD.encode())
-            # An idle connection goes first, and the client's may be going at this moment; a new one comes after all of these.
+            # An idle connection goes first, and the client's may be going just now; a new one comes after all of these.
             lab.service.http.clear()
             in_time(lab, alone)
 
