@@ -33,7 +33,7 @@ run_phase() {
 	lint) scripts/lint.sh ;;
 	unit) bounded python -m pytest tests/unit -q -n 2 ;;
 	# Most of it waits: for leases, timeouts, builds. Tests are shared out one by one (tests/integration/conftest.py).
-	integration) bounded python -m tests.support.backends python -m pytest tests/integration -q -n 3 --dist loadfile --no-loadscope-reorder --durations=15 ;;
+	integration) bounded python -m tests.support.backends python -m pytest tests/integration -q -m "not cluster" -n 3 --dist loadfile --no-loadscope-reorder --durations=15 ;;
 	# Debian's Chromium, installed when it is missing; SCREENSHOTS=docs/screenshots keeps a picture of each page.
 	browser) scripts/test-browser.sh ;;
 	fuzz) bounded python -m pytest tests/fuzz -q ;;
@@ -41,7 +41,7 @@ run_phase() {
 	molecule) bounded scripts/test-molecule.sh ;;
 	e2e) bounded python -m pytest tests/e2e -v -m "not cluster" --durations=10 ;;
 	fresh) bounded python -m pytest tests/fresh -v -s -k "${FRESH:-debian13}" ;;
-	cluster) ROLLOUT_EVERY=1 python -m pytest tests/unit/modules/test_rollout_breaks_off.py tests/e2e tests/cluster -v --durations=10 ;; # only by its name: make test-cluster
+	cluster) ROLLOUT_EVERY=1 python -m pytest tests/unit/modules/test_rollout_breaks_off.py tests/integration/modules/test_base_image_real.py tests/e2e tests/cluster -v --durations=10 ;; # only by its name: make test-cluster
 	*)
 		echo "There is no phase $1: lint unit fuzz integration browser molecule e2e faults fresh cluster" >&2
 		return 2

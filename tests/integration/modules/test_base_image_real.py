@@ -54,6 +54,7 @@ def test_other_packages_or_another_age_ask_for_another_image(run_module, bootstr
     assert "packages differs" in planned["why"]
 
 
+@pytest.mark.cluster  # two more bootstraps: a minute and a half
 def test_a_refresh_with_nothing_new_keeps_name_digest_and_layers(bootstrapped, engine, monkeypatch) -> None:
     """Two weeks later: the same packages. The name stays, so nothing that was built on it is built again."""
     later = datetime.now(UTC) + timedelta(days=14)
