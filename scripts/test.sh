@@ -38,10 +38,11 @@ run_phase() {
 	browser) scripts/test-browser.sh ;;
 	fuzz) bounded python -m pytest tests/fuzz -q ;;
 	faults) bounded python -m pytest tests/faults -v --durations=10 ;;
-	molecule) bounded scripts/test-molecule.sh ;;
+	# Without the scenario of role images, which takes longest: fresh and e2e build, push and prove the same images; it is in make test-cluster.
+	molecule) bounded scripts/test-molecule.sh engine backends edge stack ;;
 	e2e) bounded python -m pytest tests/e2e -v -m "not cluster" --durations=10 ;;
 	fresh) bounded python -m pytest tests/fresh -v -s -k "${FRESH:-debian13}" ;;
-	cluster) ROLLOUT_EVERY=1 python -m pytest tests/unit/modules/test_rollout_breaks_off.py tests/integration/modules/test_base_image_real.py tests/e2e tests/cluster -v --durations=10 ;; # only by its name: make test-cluster
+	cluster) scripts/test-molecule.sh images && ROLLOUT_EVERY=1 python -m pytest tests/unit/modules/test_rollout_breaks_off.py tests/integration/modules/test_base_image_real.py tests/e2e tests/cluster -v --durations=10 ;; # only by its name: make test-cluster
 	*)
 		echo "There is no phase $1: lint unit fuzz integration browser molecule e2e faults fresh cluster" >&2
 		return 2
