@@ -105,12 +105,7 @@ class Asking:
             )
         else:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ASK_SECONDS)
-        try:
-            return _get(connection, path)
-        except (OSError, http.client.HTTPException) as error:
-            return Answer(0, str(error) or type(error).__name__)
-        finally:
-            connection.close()
+        return _ask(connection, path)
 
     def control(self, container: str, path: str) -> Answer:
         """GET over nginx's control socket, which only its own container reaches, and root through that one's process.
@@ -120,12 +115,7 @@ class Asking:
         connection = self._connected(container)
         if connection is None:
             return self._by_curl(container, path)
-        try:
-            return _get(connection, path)
-        except (OSError, http.client.HTTPException) as error:
-            return Answer(0, str(error) or type(error).__name__)
-        finally:
-            connection.close()
+        return _ask(connection, path)
 
     def _connected(self, container: str) -> SocketConnection | None:
         try:
@@ -195,10 +185,16 @@ class Asking:
         return ""
 
 
-def _get(connection: http.client.HTTPConnection, path: str) -> Answer:
-    connection.request("GET", path, headers={"Connection": "close", "User-Agent": "rollout"})
-    answer = connection.getresponse()
-    return Answer(answer.status, answer.read(65536).decode("utf-8", "replace"))
+def _ask(connection: http.client.HTTPConnection, path: str) -> Answer:
+    """One question over a connection of its own."""
+    try:
+        connection.request("GET", path, headers={"Connection": "close", "User-Agent": "rollout"})
+        answer = connection.getresponse()
+        return Answer(answer.status, answer.read(65536).decode("utf-8", "replace"))
+    except (OSError, http.client.HTTPException) as error:
+        return Answer(0, str(error) or type(error).__name__)
+    finally:
+        connection.close()
 
 
 @dataclass
