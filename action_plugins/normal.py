@@ -45,6 +45,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 LIBRARY = PROJECT / "library"
 OF_ANSIBLE = ("file", "slurp", "stat")
 """Modules that come with Ansible and are kept, too: what the roles call again and again."""
+ORIGINS = ("", "ansible.builtin", "ansible.legacy")
 HOST_SIDE = PROJECT / "module_utils" / "kept_modules.py"
 NOT_KEPT = "module_not_kept"
 ARCHIVE = re.compile(rb"^\s*zip_data='([A-Za-z0-9+/=]+)',$", re.MULTILINE)
@@ -67,8 +68,9 @@ class ActionModule(ansibles_own()):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Run a module; of this project's, first by its name, then with its archive to be kept, then as Ansible does."""
         call = {"module_name": module_name, "module_args": module_args, "task_vars": task_vars, **others}
-        name = (module_name or self._task.action).rpartition(".")[2]
-        if wrap_async or not self.__may_be_kept(name):
+        origin, _, name = (module_name or self._task.action).rpartition(".")
+        # A collection may have one of the same name.
+        if origin not in ORIGINS or wrap_async or not self.__may_be_kept(name):
             return self.__plainly(call, wrap_async)
         self.__kept, self.__archive = True, None
         result = super()._execute_module(**call)

@@ -109,4 +109,4 @@ def remove_unused(directory: str) -> None:
     for name in os.listdir(PLACE):
         path = os.path.join(PLACE, name)
         if path != directory and time.time() - os.lstat(path).st_mtime > UNUSED:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)  # another run may be doing the same

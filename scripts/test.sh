@@ -19,7 +19,7 @@ fi
 cat <<TEXT
 This runs: prepare, then ${lanes[*]}.
 It uses sites of its own (names wht-* and mol-*, loopback ports from 18000 up, networks of their own), never the stack of make up, and leaves
-nothing behind but .venv, the Docker engine, the base image and the build cache. About 20 minutes from cold.
+nothing behind but .venv, the Docker engine, the base image and the build cache. About 25 minutes from cold.
 
 TEXT
 scripts/controller.sh requirements.txt requirements-dev.txt webhook/requirements.txt || exit 1

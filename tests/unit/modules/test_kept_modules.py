@@ -52,10 +52,10 @@ class Project:
     def say(self, word: str) -> None:
         (self.directory / "module_utils" / "words.py").write_text(f"word = {word!r}\n")
 
-    def greet(self, *options: str, who: str = "world", **environment: str) -> str:
+    def greet(self, *options: str, who: str = "world", module: str = "greet", **environment: str) -> str:
         """What a run of the module printed, whether it failed or not."""
         command = [str(Path(sys.executable).with_name("ansible")), "localhost", "-c", "local", "-vvv"]
-        command += ["-i", "localhost,", "-e", f"ansible_python_interpreter={sys.executable}", "-m", "greet"]
+        command += ["-i", "localhost,", "-e", f"ansible_python_interpreter={sys.executable}", "-m", module]
         command += ["-a", f"who={who} token=s3cret", *options]
         told = os.environ | {"ANSIBLE_CONFIG": str(self.directory / "ansible.cfg"), "ANSIBLE_NOCOLOR": "1"}
         run = subprocess.run(
@@ -140,6 +140,18 @@ def test_without_pipelining_a_module_runs_as_ever(project: Project) -> None:
     output = project.greet(ANSIBLE_PIPELINING="false")
     assert '"greeting": "hello world' in output
     assert project.kept() == []
+
+
+@needs_root
+def test_a_collections_module_of_the_same_name_is_not_taken_for_it(project: Project) -> None:
+    theirs = project.directory / "collections/ansible_collections/some/where/plugins/modules/greet.py"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text(MODULE.replace("{word}", "theirs"))
+    project.greet()
+    output = project.greet(
+        module="some.where.greet", ANSIBLE_COLLECTIONS_PATH=str(project.directory / "collections")
+    )
+    assert '"greeting": "theirs world' in output
 
 
 @needs_root
