@@ -57,9 +57,12 @@ def test_hundred_copies_at_once_leave_one_of_each(stack: Stack) -> None:
 
     with ThreadPoolExecutor(32) as pool:
         assert set(pool.map(send, range(100))) == {200}
-    row = stack.done(request_id)
-    assert len(stack.delivery_rows(request_id)) == 1
-    assert 100 <= row["attempts"] <= 100 + len(again)
+    stack.done(request_id)
+    # What came while the database was slow stands in an instance's spool, and is counted when that is drained.
+    wait_for("every copy is counted", lambda: stack.delivery_rows(request_id)[0]["attempts"] >= 100)
+    (row,) = stack.delivery_rows(request_id)
+    # An arrival whose commit nobody heard of in time is counted once more by the spool.
+    assert row["attempts"] <= 2 * (100 + len(again))
     assert len(stack.stream_entries(request_id)) == 1
     artifacts = [key for key in stack.objects(request_id) if key.startswith("webhooks/")]
     assert len(artifacts) == len(files)
