@@ -89,9 +89,8 @@ def rows(options: dict[str, Any], prefix: str = "") -> list[str]:
 
 def role_section(role: str) -> str:
     """One role's section: what it is for, and its variables."""
-    specs = yaml.safe_load((REPO / "roles" / role / "meta" / "argument_specs.yml").read_text())[
-        "argument_specs"
-    ]
+    name = "settings" if role == "site" else "argument_specs"
+    specs = yaml.safe_load((REPO / "roles" / role / "meta" / f"{name}.yml").read_text())["argument_specs"]
     main = specs.get("main") or specs["settings"]
     head = f"\n## {role}\n{text(main.get('short_description', ''))}.\n".replace("..", ".")
     options = main.get("options") or {}

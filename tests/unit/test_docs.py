@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.support.playbook_tags import site_tags
+from tests.support.role_specs import role_options
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("roles/*/README.md")])
@@ -35,9 +36,7 @@ def test_the_page_of_tags_has_each_tag_and_no_other() -> None:
 def test_every_default_is_specified(role: str) -> None:
     defaults = REPO / "roles" / role / "defaults" / "main.yml"
     given = yaml.safe_load(defaults.read_text()) if defaults.exists() else {}
-    specs = yaml.safe_load((REPO / "roles" / role / "meta" / "argument_specs.yml").read_text())
-    entries = specs["argument_specs"]
-    options = (entries.get("main") or entries["settings"]).get("options") or {}
+    options = role_options(role)
     assert set(given or {}) - set(options) == set()
     for name, value in (given or {}).items():
         assert options[name].get("default", value) == value, (

@@ -15,6 +15,7 @@ import yaml
 from webhook_api.cli import main as service
 
 from tests.support.playbook_tags import site_tags
+from tests.support.role_specs import role_variables
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -103,15 +104,11 @@ def need(condition: bool, what: str) -> None:
 
 
 def variables() -> set[str]:
-    found: set[str] = set()
-    for path in REPO.glob("roles/*/meta/argument_specs.yml"):
-        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
-            found |= set(entry.get("options") or {})
     # Short forms that are given on the command line alone.
     text = "".join(
         path.read_text() for path in [*REPO.glob("roles/*/*/*.yml"), *REPO.glob("playbooks/*.yml")]
     )
-    return found | {name for name in ("list", "release", "bundle") if f"{name} | default(" in text}
+    return role_variables() | {name for name in ("list", "release", "bundle") if f"{name} | default(" in text}
 
 
 VARIABLES = variables()

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import click
 import pytest
-import yaml
 from webhook_api.cli import main as service
 from webhook_api.config import NEEDS_BACKENDS, NEEDS_SERVE, ConfigError, Need, load_settings
+
+from tests.support.role_specs import role_variables
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = REPO / "docs"
@@ -227,15 +228,6 @@ def test_the_bots_page_has_each_field_of_an_entry_and_no_other() -> None:
 
 
 # -- variables, targets ----------------------------------------------------------------------------------------------------
-
-
-@cache
-def role_variables() -> set[str]:
-    found: set[str] = set()
-    for path in REPO.glob("roles/*/meta/argument_specs.yml"):
-        for entry in yaml.safe_load(path.read_text())["argument_specs"].values():
-            found |= set(entry.get("options") or {})
-    return found
 
 
 #: Begins like a variable of a role and is something else: paths and fields of nginx, a log event, modules.
