@@ -129,12 +129,31 @@ def test_of_several_hosts_each_can_go_back_with_its_secrets_until_all_are_proven
     assert "settle" not in back[0]["rollout"], "a host that has gone back is done"
 
 
-def test_an_inventory_without_webhook_hosts_is_refused(tmp_path: Path) -> None:
+def test_an_inventory_without_hosts_of_a_site_is_refused(tmp_path: Path) -> None:
     """All plays would be skipped, and a run of nothing end well."""
-    (tmp_path / "hosts.yml").write_text("all: {hosts: {elsewhere: {ansible_connection: local}}}\n")
-    program = Path(sys.executable).with_name("ansible-playbook")
-    run = subprocess.run(
-        [program, "-i", tmp_path, "site.yml"], cwd=REPO, capture_output=True, text=True, timeout=120
-    )
+    run = site_for(tmp_path, "all: {hosts: {elsewhere: {ansible_connection: local}}}\n")
     assert run.returncode == 2, run.stdout
-    assert "No host is in the group webhook" in run.stdout
+    assert "No host is in the groups webhook, backends or registry" in run.stdout
+
+
+def test_backends_may_be_a_site_by_themselves(tmp_path: Path) -> None:
+    """For webhook hosts of another inventory. What stops this run is the preflight of the host, not the inventory."""
+    of_the_host = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
+        "preflight_memory_mb": 900_000_000,
+    }
+    backends = yaml.safe_dump({"backends": {"hosts": {"elsewhere": of_the_host}}})
+    run = site_for(tmp_path, backends)
+    assert run.returncode == 2, run.stdout
+    assert "No host is in the groups" not in run.stdout
+    assert "elsewhere is not ready" in run.stdout
+
+
+def site_for(inventory: Path, hosts: str) -> subprocess.CompletedProcess[str]:
+    """site.yml with an inventory of its own."""
+    (inventory / "hosts.yml").write_text(hosts)
+    program = Path(sys.executable).with_name("ansible-playbook")
+    return subprocess.run(
+        [program, "-i", inventory, "site.yml"], cwd=REPO, capture_output=True, text=True, timeout=120
+    )
