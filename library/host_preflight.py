@@ -103,6 +103,11 @@ options:
         description: What it is, for the message.
         type: str
         required: true
+  look_for:
+    description: Files that may be on the host or not. Those that are certainly not there are in RV(host.absent).
+    type: list
+    elements: path
+    default: []
   mirrors:
     description: When apt's own sites have to answer; V(auto) means when something of the engine has to be installed.
     type: str
@@ -212,6 +217,10 @@ host:
     sudo:
       description: Whether C(sudo) works without a password. False for root, who needs none.
       type: bool
+    absent:
+      description: Of O(look_for), what is not there. What this user may not look for is not among it.
+      type: list
+      elements: str
     engine:
       description:
         - The engine with C(installed), C(running), C(permitted) (whether this user could ask it), C(version),
@@ -265,6 +274,7 @@ ARGUMENTS = {
         "default": [],
         "options": {"path": {"type": "path", "required": True}, "purpose": {"type": "str", "required": True}},
     },
+    "look_for": {"type": "list", "elements": "path", "default": []},
     "mirrors": {"type": "str", "choices": ["auto", "always", "never"], "default": "auto"},
     "registry": {
         "type": "dict",
@@ -298,6 +308,7 @@ def wishes_from(params: dict) -> Wishes:
         subnets=params["subnets"],
         required_settings=params["required_settings"],
         files=params["files"],
+        look_for=params["look_for"],
         mirrors=params["mirrors"],
         become_password=params["become_password_given"],
         timeout=params["timeout"],

@@ -423,6 +423,7 @@ class Wishes:
     subnets: Mapping[str, str] = field(default_factory=dict)
     required_settings: Sequence[Mapping[str, Any]] = ()
     files: Sequence[Mapping[str, str]] = ()
+    look_for: Sequence[str] = ()
     mirrors: str = "auto"
     become_password: bool = False
     timeout: float = 5.0
@@ -466,7 +467,8 @@ def examine(
         faults += mirror_faults(host.unreachable_mirrors(wishes.timeout))
     if fault := registry_fault():
         faults.append(fault)
-    return findings, {**system, "root": host.root, "sudo": host.sudo, "engine": asdict(engine)}
+    facts = {"root": host.root, "sudo": host.sudo, "engine": asdict(engine)}
+    return findings, {**system, **facts, "absent": host.missing_files(wishes.look_for)}
 
 
 def mirror_faults(unreachable: Mapping[str, str]) -> list[str]:

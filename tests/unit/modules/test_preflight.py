@@ -389,6 +389,14 @@ def test_all_faults_come_in_one_message() -> None:
     assert "m.example" in message
 
 
+def test_a_file_that_may_be_there_or_not_is_a_fact_and_no_fault() -> None:
+    wishes = Wishes(look_for=["/opt/site/monitoring.yml"])
+    findings, facts = examine(Seen(bad=True), wishes, str)
+    assert facts["absent"] == ["/opt/site/monitoring.yml"]
+    assert "monitoring.yml" not in findings.message("host-1")
+    assert examine(Seen(bad=False), wishes, str)[1]["absent"] == []
+
+
 def test_a_good_host_has_no_fault_and_its_mirrors_are_left_alone() -> None:
     host = Seen(bad=False)
     wishes = Wishes(**{**WISHES.__dict__, "required_settings": []})
