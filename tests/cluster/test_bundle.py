@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.sites import Site
 from tests.support.testhost import testhost
+from tests.support.typed_commands import typed_commands
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(3600)]
 NAME = "wht-bundle"
@@ -119,13 +120,6 @@ def test_an_inventory_with_builders_and_a_registry_elsewhere_asks_neither(host: 
     said = run("make up BUNDLE=/bundle.tar ARGS='-i /root/away'")
     assert re.search(r"^localhost .*unreachable=0\s+failed=0", said, re.MULTILINE), said[-3000:]
     assert not re.search(r"^away ", said, re.MULTILINE), said[-3000:]
-
-
-def typed_commands(page: str) -> list[str]:
-    """Every command of a page: lines that begin with `$` in its console blocks, in order."""
-    text = (Path(__file__).resolve().parents[2] / page).read_text()
-    blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line[2:] for block in blocks for line in block.splitlines() if line.startswith("$ ")]
 
 
 def test_every_command_of_the_operators_page(host: str) -> None:
