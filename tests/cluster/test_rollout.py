@@ -190,7 +190,8 @@ def no_image(compose: dict, rollout: dict) -> None:
 
 def deaf_worker(compose: dict, _rollout: dict) -> None:
     for service in of_kind(compose, "worker"):
-        service["entrypoint"] = ["sleep", "3600"]
+        # Through a shell: what the service has as its command would be arguments of sleep's.
+        service["entrypoint"] = ["sh", "-c", "exec sleep 3600"]
         service["healthcheck"]["test"] = ["CMD", "true"]
 
 
@@ -343,6 +344,7 @@ def test_it_goes_on_when_its_controller_is_killed(host, stream):
         wait_at_work(host)
         os.killpg(run.pid, signal.SIGKILL)
         run.wait(30)
+        run.stdout.close()
         done = succeeded(host.rollout(release, wait=200))
         steady.wait_for(20)
     steady.must_be_undisturbed()
