@@ -59,6 +59,8 @@ class Consoled:
     ) -> tuple[requests.Session, Any]:
         """Through nginx, as a browser does."""
         session = requests.Session()
+        # Else requests prefers REQUESTS_CA_BUNDLE of the environment to what the session says of certificates.
+        session.trust_env = False
         session.verify = False
         csrf = re.search(r'name="csrf" value="(\w+)"', session.get(f"{self.address}/login", timeout=20).text)
         assert csrf
