@@ -104,6 +104,7 @@ from ansible.module_utils.kernel_settings import (
     differences,
     file_text,
     kept_settings,
+    other_files,
     read_setting,
     undone,
     write_file,
@@ -133,7 +134,7 @@ def ensure(wanted, read, file, check, root=Path("/proc/sys")):
     values = {name: read_setting(root, name) for name in [*(setting.name for setting in wanted), *read]}
     changes = differences(wanted, values)
     before = file.read_text(encoding="utf-8") if file.exists() else ""
-    after = file_text(before, wanted, changes, values)
+    after = file_text(before, wanted, changes, values, other_files(file))
     return apply(changes, values, file, before, after, check, root)
 
 

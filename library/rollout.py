@@ -229,6 +229,10 @@ record:
   description: The deployment's record.
   returned: when there is one
   type: dict
+after_failure:
+  description: Whether the run before on this host did not succeed. The record of this one is then news to the database too.
+  returned: where nothing had to be done
+  type: bool
 rolled_back:
   description: Whether the current release was put back.
   returned: on failure

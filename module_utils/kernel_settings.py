@@ -109,16 +109,28 @@ def undone(text: str, current: dict[str, int | None]) -> list[Change]:
     ]
 
 
+def other_files(file: Path) -> str:
+    """What the files of other sites on this machine say, one after the other."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted(file.parent.glob("*.conf")) if path != file)
+    return "".join(text for text in texts if text.startswith(HEADER))
+
+
 def file_text(
-    before: str, wanted: list[Setting], changes: list[Change], current: dict[str, int | None]
+    before: str,
+    wanted: list[Setting],
+    changes: list[Change],
+    current: dict[str, int | None],
+    others: str = "",
 ) -> str:
     """The sysctl.d file that keeps what was changed, now or by an earlier run. Empty when there is nothing to keep.
 
-    A setting that the system itself already has right is left to the system. Above each stands
-    the value that it had before the first run.
+    A setting that the system itself already has right is left to the system; one that is right because of another
+    site (`others`) is kept here too, for that site may go. Above each stands the value that it had before the first run.
     """
-    kept = kept_settings(before)
-    former = {change.name: change.before for change in changes} | former_values(before)
+    kept = kept_settings(others) | kept_settings(before)
+    former = (
+        {change.name: change.before for change in changes} | former_values(others) | former_values(before)
+    )
     changed = {change.name: change.after for change in changes}
     lines = []
     for setting in wanted:

@@ -181,6 +181,10 @@ class Journal:
         self._open = False
         return self.record
 
+    def after_failure(self) -> bool:
+        """Whether the newest record of this host is of a run that did not succeed."""
+        return any(record["result"] not in ("done", "unchanged") for record in self._records.read(1))
+
     def unchanged(self, release: Release) -> Mapping[str, Any]:
         """Record a run that had nothing to do."""
         self.begin(release, release.id)

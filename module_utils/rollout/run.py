@@ -174,9 +174,11 @@ class Rollout:
             self._warn(f"Left by a run that did not end: {text}.")
         plan = self.plan(target)
         if not plan.changed:
+            after_failure = self._journal.after_failure()
             record = self._journal.unchanged(target)
             before, kept = self._rotation.names(), self._settle(target)
-            return self._result(plan, record, kept, changed=bool(cleared) or before != kept)
+            result = self._result(plan, record, kept, changed=bool(cleared) or before != kept)
+            return result | {"after_failure": after_failure}
         self._tell_risks(plan)
         self._journal.begin(target, plan.current)
         try:

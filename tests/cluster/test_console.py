@@ -59,6 +59,8 @@ class Consoled:
     ) -> tuple[requests.Session, Any]:
         """Through nginx, as a browser does."""
         session = requests.Session()
+        # Else requests prefers REQUESTS_CA_BUNDLE of the environment to what the session says of certificates.
+        session.trust_env = False
         session.verify = False
         csrf = re.search(r'name="csrf" value="(\w+)"', session.get(f"{self.address}/login", timeout=20).text)
         assert csrf
@@ -154,7 +156,13 @@ def test_the_public_ports_never_lead_to_it(consoled: Consoled) -> None:
                     address, headers={"Host": host, "Cookie": "; ".join(f"{k}={v}" for k, v in session.cookies.items())},
                     verify=False, allow_redirects=False, timeout=20,
                 )  # fmt: skip
-                assert answer.status_code in (301, 308, 403, 404, 405), (name, path, answer.status_code)
+                # What the service itself shows of itself at its root is all that is there.
+                shown = [200] if path == "/" else []
+                assert answer.status_code in (301, 308, 403, 404, 405, *shown), (
+                    name,
+                    path,
+                    answer.status_code,
+                )
                 assert "Set-Cookie" not in answer.headers
                 assert "console" not in answer.text.lower(), (name, path)
 

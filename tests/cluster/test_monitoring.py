@@ -1,7 +1,6 @@
 """A site with `monitoring: true`: each alarm is provoked for real, told to a real HTTP server by Alertmanager, and cleared.
 
-Only two are not provoked by what they watch: nobody fills the disk of the machine that tests run on, so the threshold is
-moved; and a site with a development key has no keys that could grow stale (tests/faults/test_keys.py, tests/promtool).
+The disk that fills is a small one of the test's own, under the volume of the instances: nobody fills the machine's.
 """
 
 from __future__ import annotations
@@ -46,13 +45,28 @@ QUICK = {
     "monitoring_rejects": 5,
     "monitoring_oldest_delivery_seconds": 8,
     "monitoring_no_delivery_hours": 0,
-    "monitoring_disk_free_percent": 0,
+    "monitoring_disk_free_percent": 20,
     "monitoring_alert_group_wait": "1s",
     "monitoring_alert_group_interval": "1s",
-    # A dead letter within seconds; a spool that three large bodies fill.
-    "stack_environment": {"PARKED_MAX_SECONDS": "6", "SPOOL_MAX_BYTES": "1048576"},
+    # A dead letter within seconds; a spool that three large bodies fill, on a disk that is smaller than what it leaves free.
+    "stack_environment": {
+        "PARKED_MAX_SECONDS": "6",
+        "SPOOL_MAX_BYTES": "1048576",
+        "SPOOL_RESERVE_BYTES": "1048576",
+    },
 }
 SECONDS = 120.0
+DISK_MB = 64
+
+
+def small_disk() -> None:
+    """The volume of the instances' state, before the site makes it: as Compose would, but on a disk that a test can fill."""
+    docker(
+        "volume", "create", "--opt", "type=tmpfs", "--opt", "device=tmpfs",
+        "--opt", f"o=size={DISK_MB}m,uid=10001,gid=10001,mode=700",
+        "--label", f"com.docker.compose.project={NAME}", "--label", "com.docker.compose.volume=api-state",
+        f"{NAME}-api-state",
+    )  # fmt: skip
 
 
 def write_certificate(directory: Path, days: int) -> dict[str, str]:
@@ -158,6 +172,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         }
         site = Site(NAME, directory / "inventory", NUMBER, variables)
         try:
+            small_disk()
             site.site().must_pass()
             yield Watched(Stack(site, directory), server)
         finally:
@@ -317,14 +332,43 @@ def again(watched: Watched, **variables: Any) -> Callable[[], None]:
     return lambda: watched.site.site("--tags", "monitoring").must_pass() and None
 
 
-def test_no_deliveries_and_a_disk_that_fills(quiet: Watched) -> None:
-    back = again(quiet, monitoring_no_delivery_hours=0.006, monitoring_disk_free_percent=100)
-    quiet.wait("WebhookDiskFilling", "firing", quiet.mark)
-    with quiet.alarm("WebhookNoDeliveries"):
-        quiet.deliver()
-    since = len(quiet.server.asked)
-    back()
-    quiet.wait("WebhookDiskFilling", "resolved", since)
+def test_no_deliveries_for_long(quiet: Watched) -> None:
+    back = again(quiet, monitoring_no_delivery_hours=0.006)
+    try:
+        with quiet.alarm("WebhookNoDeliveries"):
+            quiet.deliver()
+    finally:
+        back()
+
+
+def test_a_disk_that_fills(quiet: Watched) -> None:
+    filler = "/var/lib/webhook/filler"
+    fill = f"head --bytes={DISK_MB * 9 // 10}M /dev/zero >{filler}"
+    docker("exec", f"{NAME}-api-1", "sh", "-c", fill)
+    with quiet.alarm("WebhookDiskFilling"):
+        docker("exec", f"{NAME}-api-1", "rm", filler)
+
+
+def test_keys_that_nobody_can_renew(quiet: Watched) -> None:
+    """As after an hour without the source of the keys: an instance starts with those that were kept, and gets no others."""
+    source = quiet.site.home / "secrets" / "api" / "fal_jwks.json"
+    good = source.read_text()
+    make_old = (
+        "import json, pathlib; path = pathlib.Path('/var/lib/webhook/fal-jwks.json'); "
+        "kept = json.loads(path.read_text()); kept['fetched_at'] -= 7200; path.write_text(json.dumps(kept))"
+    )
+    try:
+        # Written in place: a mounted file keeps its inode.
+        source.write_text("gone")
+        docker("exec", f"{NAME}-api-1", "python3", "-c", make_old)
+        docker("restart", f"{NAME}-api-1")
+        quiet.wait("WebhookKeysStale", "firing", quiet.mark, instance="api-1")
+        assert quiet.deliver().status_code == 200
+        since = len(quiet.server.asked)
+    finally:
+        source.write_text(good)
+        quiet.console("keys", "refresh")
+    quiet.wait("WebhookKeysStale", "resolved", since, instance="api-1")
 
 
 def test_a_rollout_that_fails(quiet: Watched) -> None:

@@ -71,6 +71,13 @@ def test_every_alarm_has_a_test_of_its_own() -> None:
     assert {path.stem for path in TESTS.glob("*.yml")} == {rule["alert"] for rule in alarms()}
 
 
+def test_every_alarm_is_provoked_for_real_somewhere() -> None:
+    provoked = set(
+        re.findall(r'"(Webhook\w+)"', (REPO / "tests" / "cluster" / "test_monitoring.py").read_text())
+    )
+    assert provoked == {rule["alert"] for rule in alarms()}
+
+
 def test_every_metric_of_an_alarm_exists() -> None:
     known = known_metrics()
     assert len(known) > 60

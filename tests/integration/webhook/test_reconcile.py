@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from webhook_api.reconcile.runner import KEY_PAUSE
 
 from tests.support.falqueue import KEY, PORTRAIT, STYLE, FalQueue, Job, fal_queue
 from tests.support.proxy import Proxy
+from tests.support.sites import REPO
 from tests.support.workerlab import Bucket, Lab, lab, wait_for
 
 pytestmark = pytest.mark.backends
@@ -191,6 +193,45 @@ def test_every_spelling_of_the_bots_table_is_understood(
         with db.connect(made.database_url, "test") as connection:
             settings = made.settings(**environ(queue)).reconcile
             assert ledger.overdue(connection, settings) == [("r-1", "portrait")]
+
+
+@pytest.mark.parametrize(("native_enum", "before"), [
+    (False, ""), (True, ""),
+    (False, "create index avatars_training_idx on avatars (status) where status::text = null"),
+], ids=["varchar", "enum", "an index that nothing is in"])  # fmt: skip
+def test_finding_them_reads_none_of_the_avatars_that_have_long_been_done(
+    database_url: str, redis_url: str, s3: Bucket, tmp_path: Path, queue: FalQueue, native_enum: bool,
+    before: str,
+) -> None:  # fmt: skip
+    """Every minute, in a table that only grows: by the index that the embedded PostgreSQL makes and the guide names."""
+    with lab(database_url, redis_url, s3, tmp_path) as made:
+        made.make_bot_tables(native_enum, upper=True)
+        late(made, "r-1")
+        connection = made.connection
+        connection.execute(
+            "insert into avatars (id, user_id, status, fal_request_id, fal_response_data) "
+            f"select gen_random_uuid(), (select id from users limit 1), 'COMPLETED'{'::avatar_status' * native_enum}, "
+            "'old-' || i, json_build_object('payload', repeat(md5(i::text), 12)) from generate_series(1, 20000) i"
+        )
+        if before:
+            connection.execute(before)  # type: ignore[call-overload]
+        connection.execute(index_of_what_trains())
+        connection.execute("analyze avatars")
+        settings = made.settings(**environ(queue)).reconcile
+        with db.connect(made.database_url, "test") as reader, reader.transaction():
+            assert ledger.overdue(reader, settings) == [("r-1", "portrait")]
+            read = reader.execute(
+                "select seq_tup_read + coalesce(idx_tup_fetch, 0) from pg_stat_xact_user_tables where relname = 'avatars'"
+            ).fetchone()
+    assert read is not None
+    assert read[0] <= 10
+
+
+def index_of_what_trains() -> Any:
+    """The statement with which the embedded PostgreSQL makes it."""
+    text = (REPO / "roles" / "backends" / "files" / "postgres" / "ensure.sql").read_text()
+    [found] = re.findall(r"^DO \$\$\nDECLARE.*?avatars_training_idx.*?^\$\$;", text, re.DOTALL | re.MULTILINE)
+    return found
 
 
 def test_a_database_without_the_bots_table_is_no_fault(

@@ -633,6 +633,29 @@ def test_parked_deliveries_are_tried_now(operator: FlaskClient, inbox: Inbox) ->
     assert "Changed: 1" in post(operator, "/actions/parked.discard", limit=1).text
 
 
+@pytest.mark.parametrize(("action", "state"), [
+    ("parked.retry", "parked"), ("parked.discard", "parked"), ("dead-letters.replay", "dead"),
+    ("dead-letters.discard", "dead"),
+])  # fmt: skip
+def test_the_audit_says_who_did_what_to_how_many(
+    operator: FlaskClient, inbox: Inbox, action: str, state: str
+) -> None:
+    chosen = [inbox.deliver(f"r-{index}", "failed", state) for index in range(3)]
+    inbox.deliver("another", "completed", state)
+    before = inbox.one("select max(id) from webhook.audit")
+    post(operator, f"/actions/{action}/preview", status="failed")
+    answer = post(operator, f"/actions/{action}", status="failed", limit=1000, why="seen")
+    assert "Changed: 3" in answer.text
+    rows = inbox.connection.execute(
+        "select who, instance, action, affected, delivery_ids, filter ->> 'status', filter ->> 'by', detail ->> 'why' "
+        "from webhook.audit where id > %s",
+        (before,),
+    ).fetchall()
+    why = "seen" if action.endswith("discard") else None
+    assert rows == [("maria", "console", action, 3, chosen, "failed", "console", why)]
+    assert lines({"DATABASE_URL": inbox.url, "ENVIRONMENT": "test"}, "audit", "list")[0]["action"] == action
+
+
 def test_what_was_kept_aside_is_taken_when_the_filter_says_so(operator: FlaskClient, inbox: Inbox) -> None:
     inbox.deliver("r-1", state="dead")
     late = inbox.deliver("r-2", state="dead", aside="stale")

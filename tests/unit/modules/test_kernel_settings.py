@@ -121,6 +121,19 @@ def test_what_the_system_has_right_is_left_to_it(kernel: Path, tmp_path: Path) -
     assert kept_settings(file.read_text()) == {MIGRATE: 1}
 
 
+def test_what_is_right_because_of_another_site_outlives_that_site(kernel: Path, tmp_path: Path) -> None:
+    (tmp_path / "99-own.conf").write_text(f"{PORT} = 1024\n")
+    beside, file = tmp_path / "60-beside.conf", tmp_path / "60-edge.conf"
+    ensure(WANTED, [], beside, check=False, root=kernel)
+    assert ensure(WANTED, [], file, check=True, root=kernel)["changed"]
+    ensure(WANTED, [], file, check=False, root=kernel)
+    assert file.read_text() == beside.read_text()
+    beside.unlink()
+    assert not ensure(WANTED, [], file, check=False, root=kernel)["changed"]
+    forget(file, check=False, root=kernel)
+    assert (read_setting(kernel, PORT), read_setting(kernel, MIGRATE)) == (1024, 0)
+
+
 def test_a_file_with_foreign_lines_is_read_without_them() -> None:
     text = "# a = 1\n; b = 2\nc\nnet.x = y\nnet.ipv4.tcp_migrate_req=1\n"
     assert kept_settings(text) == {MIGRATE: 1}

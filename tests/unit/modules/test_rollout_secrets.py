@@ -118,6 +118,13 @@ def test_a_good_secret_stays_and_nothing_is_kept(make):
     assert (again["result"], again["changed"]) == ("unchanged", False)
 
 
+def test_a_run_that_changes_nothing_says_whether_it_follows_one_that_failed(make):
+    site, old = make()
+    assert site.run(old)["after_failure"] is False
+    fails(site, site.render("new", key="bad"))
+    assert [site.run(old)["after_failure"] for _ in range(2)] == [True, False]
+
+
 def test_after_two_failures_it_is_still_the_one_that_was_proven(make):
     site, old = make()
     for value in ("bad", "bad, too"):

@@ -93,6 +93,14 @@ def read_columns(connection: Connection) -> dict[str, Column]:
     return columns
 
 
+def in_training(status: Column) -> sql.Composable:
+    """Whether a row is in training, as the table's index (docs/console.md) says it: an enum by label, text in any case."""
+    if status.labels:
+        label = next((label for label in status.labels if label.lower() == "training"), None)
+        return sql.SQL("status = {}").format(sql.Literal(label)) if label else sql.SQL("false")
+    return sql.SQL("lower(status::text) = 'training'")
+
+
 def _fields(columns: Mapping[str, Column]) -> sql.Composed:
     """What of the row decides, as a list of expressions."""
     wanted = [name for name in ("status", "training_type") if name in columns]

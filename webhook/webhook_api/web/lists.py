@@ -19,7 +19,7 @@ from webhook_api.actions import DEAD_LETTERS
 from webhook_api.cli import filters
 from webhook_api.console import Filter, rows
 from webhook_api.db import Connection
-from webhook_api.effects.avatar_table import Column, read_columns
+from webhook_api.effects.avatar_table import in_training, read_columns
 from webhook_api.states import EffectError
 from webhook_api.web import look
 
@@ -274,20 +274,12 @@ def avatars(connection: Connection) -> list[dict[str, Any]] | None:
     """Avatars in training, the oldest first, and what each waits for; None where the bot's table cannot be read."""
     try:
         status = read_columns(connection)["status"]
-        found = rows(connection.execute(sql.SQL(_AVATARS).format(training=_in_training(status))))
+        found = rows(connection.execute(sql.SQL(_AVATARS).format(training=in_training(status))))
     except (EffectError, errors.UndefinedTable, errors.UndefinedColumn, errors.InsufficientPrivilege):
         return None
     for row in found:
         row["waits_for"] = _waits_for(row)
     return found
-
-
-def _in_training(status: Column) -> sql.Composable:
-    """As the table's own index says it (docs/console.md): an enum by its label, text in any case."""
-    if status.labels:
-        label = next((label for label in status.labels if label.lower() == "training"), None)
-        return sql.SQL("status = {}").format(sql.Literal(label)) if label else sql.SQL("false")
-    return sql.SQL("lower(status::text) = 'training'")
 
 
 def _waits_for(row: Mapping[str, Any]) -> str:

@@ -66,8 +66,13 @@ DECLARE
     label text := (SELECT min(enumlabel::text) FROM pg_enum e JOIN pg_attribute a ON a.atttypid = e.enumtypid
                    WHERE a.attrelid = 'public.avatars'::regclass AND a.attname = 'status' AND lower(enumlabel) = 'training');
 BEGIN
+    -- Earlier versions made it of a text column with a condition that nothing meets.
+    IF EXISTS (SELECT FROM pg_index WHERE indexrelid = to_regclass('public.avatars_training_idx')
+               AND pg_get_expr(indpred, indrelid) LIKE '%NULL%') THEN
+        DROP INDEX public.avatars_training_idx;
+    END IF;
     EXECUTE 'CREATE INDEX IF NOT EXISTS avatars_training_idx ON public.avatars (status) WHERE '
-        || coalesce(format('status = %L', label), 'lower(status::text) = ''training''');
+        || CASE WHEN label IS NULL THEN 'lower(status::text) = ''training''' ELSE format('status = %L', label) END;
 EXCEPTION WHEN OTHERS THEN
     RAISE WARNING 'public.avatars gets no index on what is in training: %', SQLERRM;
 END
