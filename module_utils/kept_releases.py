@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ansible.module_utils.deploy_lock import DeployLock, LockError
 from ansible.module_utils.deploy_record import DeployRecords
 from ansible.module_utils.release import ReleaseStore
 from ansible.module_utils.rollout.model import RolloutError, parse_release
@@ -135,7 +136,18 @@ class KeptReleases:
 
     def _error(self, reason: str, message: str) -> KeptError:
         lines = [f"  {kept.line()}" for kept in self.found] or ["  none"]
-        return KeptError(reason, "\n".join([f"{message}. Kept on this host:", *lines]))
+        return KeptError(reason, "\n".join([f"{message}. Kept on this host:", *lines, *self._at_work()]))
+
+    def _at_work(self) -> list[str]:
+        """A run that changes the site now: what may be gone back to is another one when it has ended."""
+        lock = DeployLock(self.site_dir)
+        try:
+            holder = lock.read()
+        except LockError:
+            return []
+        if holder is None or lock.is_dead(holder):
+            return []
+        return [f"A run is at work: {holder.described()}. See what it leaves (make status), and ask again."]
 
 
 def secret_files(compose: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from ansible.module_utils.deploy_lock import DeployLock
 from ansible.module_utils.deploy_record import DeployRecords
 from ansible.module_utils.kept_releases import KeptError, KeptReleases, secret_files
 from ansible.module_utils.release import ReleaseStore, WantedFile, plan_release
@@ -54,6 +55,18 @@ def test_an_unknown_release_is_answered_with_those_that_there_are(site):
     assert error.value.reason == "no_release"
     assert all(identity in str(error.value) for identity in ids)
     assert "sha256:111111111111" in str(error.value)
+
+
+def test_a_refusal_names_the_run_that_is_at_work(site):
+    """A first deployment that still goes on has nothing to go back to, and is not "nothing"."""
+    root, _ = site
+    lock = DeployLock(root)
+    with pytest.raises(KeptError) as before:
+        kept_of(root).choose("r-000000000000")
+    assert "at work" not in str(before.value)
+    lock.acquire("d-20261123T040000-1a2b3c", "maria@controller")
+    with pytest.raises(KeptError, match=r"at work: maria@controller .*run d-20261123T040000-1a2b3c"):
+        kept_of(root).choose("r-000000000000")
 
 
 def test_the_current_one_is_refused(site):
