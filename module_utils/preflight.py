@@ -191,6 +191,15 @@ def _named_twice(wishes: Sequence[PortWish]) -> dict[int, str]:
     }
 
 
+def _no_ports(wishes: Sequence[PortWish]) -> list[str]:
+    """Numbers that no port has."""
+    return [
+        f"{wish.port} ({wish.purpose}) is no port: choose a number from 1 to 65535"
+        for wish in wishes
+        if not 1 <= wish.port <= 65535
+    ]
+
+
 def port_faults(wishes: Sequence[PortWish], holders: Sequence[Holder], *, sees_all: bool) -> Findings:
     """Ports that somebody else holds.
 
@@ -198,7 +207,7 @@ def port_faults(wishes: Sequence[PortWish], holders: Sequence[Holder], *, sees_a
         may well be held by the stack itself: a warning, not a fault.
     """
     twice = _named_twice(wishes)
-    findings = Findings(faults=list(twice.values()))
+    findings = Findings(faults=[*_no_ports(wishes), *twice.values()])
     for wish in wishes:
         if wish.port in twice:
             continue  # who holds it is the other of the two

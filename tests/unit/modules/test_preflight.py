@@ -389,6 +389,13 @@ def test_all_faults_come_in_one_message() -> None:
     assert "m.example" in message
 
 
+@pytest.mark.parametrize("number", [0, -1, 65536, 99999])
+def test_what_is_no_port_is_said(number: int) -> None:
+    (fault,) = port_faults([PortWish(number, "127.0.0.1", "console")], [], sees_all=True).faults
+    assert fault.startswith(f"{number} (console) is no port")
+    assert port_faults([PortWish(65535)], [], sees_all=True).faults == []
+
+
 def test_a_file_that_may_be_there_or_not_is_a_fact_and_no_fault() -> None:
     wishes = Wishes(look_for=["/opt/site/monitoring.yml"])
     findings, facts = examine(Seen(bad=True), wishes, str)
