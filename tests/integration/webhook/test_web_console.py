@@ -790,7 +790,8 @@ def test_an_action_of_the_api_counts_first_and_is_recorded(app: Flask, inbox: In
 
 
 @pytest.mark.parametrize("body", [
-    {}, {"filter": {}, "ids": [1]}, {"ids": []}, {"ids": ["1"]}, {"ids": [True]}, {"filter": {"odd": "x"}}, {"filter": []},
+    {}, {"filter": {}, "all": "yes"}, {"filter": {}, "all": 1},
+    {"filter": {}, "ids": [1]}, {"ids": []}, {"ids": ["1"]}, {"ids": [True]}, {"filter": {"odd": "x"}}, {"filter": []},
     {"filter": {}, "limit": 0}, {"filter": {}, "limit": 10**9}, {"filter": {}, "dry_run": "no"}, {"filter": {}, "why": ""},
     {"filter": {}, "more": 1}, [],
 ])  # fmt: skip
@@ -872,6 +873,23 @@ def test_what_is_committed_late_is_not_missed(inbox: Inbox) -> None:
         "values ('fal', 'slow', 'k', 'completed', '{}', repeat('0', 64)) returning id"
     ).fetchone()
     quick = inbox.deliver("quick")
+@pytest.mark.parametrize("fields", [{}, {"since": " "}, {"limit": "1", "after": "5"}])
+def test_everything_is_taken_only_when_it_is_said(
+    app: Flask, inbox: Inbox, document: Any, fields: dict[str, str]
+) -> None:
+    for index in range(2):
+        inbox.deliver(f"r-{index}", state="dead")
+    token, path = inbox.token("ci", "operator"), "/actions/dead-letters.discard"
+    for beside in ({}, {"all": False}):
+        refused = call(app, token, path, {"filter": fields, "dry_run": False, **beside})
+        assert (refused.status_code, refused.json["error"]) == (400, "empty_filter")
+        assert '"all": true' in refused.json["message"]
+        check(document, "/actions/{name}", refused)
+    assert inbox.one("select count(*) from webhook.deliveries where discarded_at is null") == 2
+    assert call(app, token, path, {"filter": fields}).json["matched"] == 2
+    assert call(app, token, path, {"filter": fields, "dry_run": False, "all": True}).json["changed"] == 2
+
+
     assert [row["id"] for row in tail.look()] == [quick]
     now[0] = 2.0
     late.commit()
