@@ -601,6 +601,33 @@ def test_a_preview_looks_through_the_oldest_and_says_so(
 def test_a_replay_is_done_to_what_was_counted_and_recorded(operator: FlaskClient, inbox: Inbox) -> None:
     made = [inbox.deliver(f"r-{index}", state="dead", error="x") for index in range(3)]
     late = inbox.deliver("r-9", state="dead", error="x")
+def test_a_preview_says_its_filter_as_the_form_does(operator: FlaskClient, inbox: Inbox) -> None:
+    one = inbox.deliver("r-1", "failed", "dead", error="x", aside="stale")
+    fields = {"since": "2026-01-01T10:00:00+00:00", "status": "failed", "aside": "stale", "request_id": "r-1"}
+    text = post(operator, "/actions/dead-letters.replay/preview", **fields).text
+    said = re.findall(r'<span class="tag"><bdi>(.*?)</bdi></span>', text)
+    assert [re.sub("<[^>]+>", "", item) for item in said] == [
+        "Since: 2026-01-01 15:00:00", "Status: failed", "Request: r-1", "Kept aside: stale"]  # fmt: skip
+    assert "no filter" not in text
+    single = post(operator, "/actions/events.replay/preview", id=one).text
+    assert f"<bdi>Delivery: {one}</bdi>" in single
+    operator.set_cookie("__Host-console_language", "ru", domain="localhost", secure=True)
+    operator.set_cookie("__Host-console_zone", "UTC", domain="localhost", secure=True)
+    text = post(operator, "/actions/dead-letters.replay/preview", **fields).text
+    assert ">2026-01-01 10:00:00</time>" in text
+    assert "<bdi>Статус: " in text
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "no filter: everything"), ("ru", "без фильтра: всё")])
+def test_a_preview_without_a_filter_says_that_it_takes_everything(
+    operator: FlaskClient, inbox: Inbox, language: str, words: str
+) -> None:
+    inbox.deliver("r-1", state="dead", error="x")
+    operator.set_cookie("__Host-console_language", language, domain="localhost", secure=True)
+    assert words in post(operator, "/actions/dead-letters.replay/preview").text
+    assert words not in post(operator, "/actions/dead-letters.replay/preview", status="failed").text
+
+
     answer = post(operator, "/actions/dead-letters.replay", limit=3)
     assert "Changed: 3" in answer.text
     states = dict(inbox.connection.execute("select id, state from webhook.deliveries").fetchall())

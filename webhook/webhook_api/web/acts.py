@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from flask import Blueprint, abort, g, redirect, render_template, request, url_for
@@ -41,7 +43,7 @@ def preview(name: str) -> str:
     with gate.services().read() as connection:
         found = deeds.preview(connection, deeds.action(name, wanted), wanted)
     return render_template(
-        "preview.html", at=name.partition(".")[0], name=name, values=values, found=found,
+        "preview.html", at=name.partition(".")[0], name=name, values=values, said=_said(wanted, values), found=found,
         limit=min(found["matched"], deeds.MOST), back=_back(name, values),
     )  # fmt: skip
 
@@ -80,3 +82,18 @@ def _back(name: str, values: dict[str, Any]) -> str:
 def nothing(name: str) -> Answer:
     """A page that was loaded again after the login: nothing is done by looking."""
     return redirect(url_for(BACK.get(name.partition(".")[0], "pages.index")))
+def _said(wanted: Filter, values: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """The filter as its form says it: names, words, and times in the reader's zone."""
+    times = {"since": wanted.since, "until": wanted.until}
+    return [
+        (g.words.say(f"filter.{name}"), _shown(name, value, times.get(name)))
+        for name, value in values.items()
+    ]
+
+
+def _shown(name: str, value: str, time: datetime | None) -> Any:
+    if time is not None:
+        return g.words.time(time)
+    return g.words.named(name, value) if name in ("status", "state", "aside") else value
+
+
