@@ -37,7 +37,7 @@ def everything(known: Known) -> list[Asked]:
         *_deliveries(known),
         *_one(known),
         *_queues(known),
-        *_rest(),
+        *_rest(known),
         *_previews(known),
         *_api(known),
     ]
@@ -131,8 +131,13 @@ def _queues(known: Known) -> list[Asked]:
     return [*found, Asked("Dead letters: kept aside", "/dead-letters?aside=any")]
 
 
-def _rest() -> list[Asked]:
-    return [Asked("Avatars", "/avatars"), Asked("Deployments", "/deployments"), Asked("Live", "/live")]
+def _rest(known: Known) -> list[Asked]:
+    return [
+        Asked("Avatars", "/avatars"),
+        Asked("Deployments", "/deployments"),
+        Asked("Live", "/live"),
+        Asked("What was done", f"/done/dead-letters.replay/{known.record}/{known.record + 4}?status=failed"),
+    ]
 
 
 def _previews(known: Known) -> list[Asked]:

@@ -106,6 +106,8 @@ class Known:
     request_id: str
     """Of ``done``."""
     avatar_id: str
+    record: int
+    """Of the audit: a replay of dead letters."""
     tokens: dict[str, str]
 
 
@@ -137,6 +139,7 @@ def settle(connection: Connection) -> Known:
         ),
         request_id=_one(connection, "select request_id from webhook.deliveries where id = %s", done_id),
         avatar_id=str(_one(connection, "select id from avatars where status = 'completed' limit 1")),
+        record=_one(connection, "select min(id) from webhook.audit where action = 'dead-letters.replay'"),
         tokens=tokens,
     )
 

@@ -162,6 +162,11 @@ def test_a_replay_by_keyboard_alone(visit: Visit) -> None:
     page.locator(".confirm button").focus()
     page.keyboard.press("Enter")
     expect(page.get_by_role("status")).to_contain_text("Changed: 1")
+    page.reload()
+    expect(page.get_by_role("status")).to_contain_text("Changed: 1")
+    assert violations(page) == []
+    deeds = "select count(*) from webhook.audit where delivery_ids = array[%s::bigint]"
+    assert visit.shown.inbox.one(deeds, number) == 1
     assert visit.shown.inbox.one("select state from webhook.deliveries where id = %s", number) == "retry"
 
 
@@ -240,6 +245,9 @@ def test_many_are_discarded_without_scripts(plain: Visit) -> None:
     expect(page.locator(".count")).to_contain_text("3 of 3")
     page.get_by_label("Why (for the record)").fill("a test")
     page.get_by_role("button", name="Do it (3)").click()
+    expect(page.get_by_role("status")).to_contain_text("Changed: 3")
+    assert page.url.startswith(plain.shown.site.address + "/done/dead-letters.discard/")
+    page.reload()
     expect(page.get_by_role("status")).to_contain_text("Changed: 3")
     plain.open("/live")
     expect(page.locator("noscript, .alert").first).to_be_visible()

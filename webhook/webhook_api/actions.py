@@ -62,6 +62,8 @@ class Done:
     ids: list[int] = field(default_factory=list)
     outcomes: dict[str, int] = field(default_factory=dict)
     """How many came to what end; they add up to ``changed``."""
+    records: list[int] = field(default_factory=list)
+    """Rows of the audit, one for each transaction."""
 
 
 def perform(
@@ -84,10 +86,13 @@ def perform(
             if not ids:
                 break
             outcomes = action.apply(connection, ids)
-            audit.record(connection, operation, len(ids), ids, {**action.detail, "outcomes": outcomes})
+            record = audit.record(
+                connection, operation, len(ids), ids, {**action.detail, "outcomes": outcomes}
+            )
             connection.execute("select pg_notify(%s, '')", (CHANNEL,))
         done.changed += len(ids)
         done.ids += ids
+        done.records.append(record)
         for name, number in outcomes.items():
             done.outcomes[name] = done.outcomes.get(name, 0) + number
         after = ids[-1]

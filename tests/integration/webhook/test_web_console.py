@@ -103,6 +103,12 @@ def post(client: FlaskClient, path: str, **fields: Any) -> Any:
     return client.post(path, data=fields, base_url=BASE)
 
 
+def act(client: FlaskClient, name: str, **fields: Any) -> Any:
+    """Send the form of an action, and go where its answer leads."""
+    fields.setdefault("csrf", form_of(get(client, "/").text))
+    return client.post(f"/actions/{name}", data=fields, base_url=BASE, follow_redirects=True)
+
+
 def ids(text: str) -> list[int]:
     return [
         int(found) for found in re.findall(r'<th scope="row" class="num"><a href="/deliveries/(\d+)">', text)
@@ -588,20 +594,44 @@ def test_a_preview_looks_through_the_oldest_and_says_so(
     assert "Only the oldest 5 were looked through" in answer.text
     assert 'name="limit" value="1"' in answer.text
     assert ids(answer.text) == [made[1]]
-    assert (
-        "Changed: 1"
-        in post(operator, "/actions/dead-letters.replay", text="needle", since="1h", limit=1).text
-    )
+    assert "Changed: 1" in act(operator, "dead-letters.replay", text="needle", since="1h", limit=1).text
     assert inbox.one("select array_agg(id) from webhook.deliveries where state = 'retry'") == [made[1]]
     plain = post(operator, "/actions/dead-letters.replay/preview", since="1h").text
     assert "Only the oldest" not in plain
     assert 'name="limit" value="8"' in plain
 
 
+def test_a_preview_says_its_filter_as_the_form_does(operator: FlaskClient, inbox: Inbox) -> None:
+    one = inbox.deliver("r-1", "failed", "dead", error="x", aside="stale")
+    fields = {"since": "2026-01-01T10:00:00+00:00", "status": "failed", "aside": "stale", "request_id": "r-1"}
+    text = post(operator, "/actions/dead-letters.replay/preview", **fields).text
+    said = re.findall(r'<span class="tag"><bdi>(.*?)</bdi></span>', text)
+    assert [re.sub("<[^>]+>", "", item) for item in said] == [
+        "Since: 2026-01-01 15:00:00", "Status: failed", "Request: r-1", "Kept aside: stale"]  # fmt: skip
+    assert "no filter" not in text
+    single = post(operator, "/actions/events.replay/preview", id=one).text
+    assert f"<bdi>Delivery: {one}</bdi>" in single
+    operator.set_cookie("__Host-console_language", "ru", domain="localhost", secure=True)
+    operator.set_cookie("__Host-console_zone", "UTC", domain="localhost", secure=True)
+    text = post(operator, "/actions/dead-letters.replay/preview", **fields).text
+    assert ">2026-01-01 10:00:00</time>" in text
+    assert "<bdi>Статус: " in text
+
+
+@pytest.mark.parametrize(("language", "words"), [("en", "no filter: everything"), ("ru", "без фильтра: всё")])
+def test_a_preview_without_a_filter_says_that_it_takes_everything(
+    operator: FlaskClient, inbox: Inbox, language: str, words: str
+) -> None:
+    inbox.deliver("r-1", state="dead", error="x")
+    operator.set_cookie("__Host-console_language", language, domain="localhost", secure=True)
+    assert words in post(operator, "/actions/dead-letters.replay/preview").text
+    assert words not in post(operator, "/actions/dead-letters.replay/preview", status="failed").text
+
+
 def test_a_replay_is_done_to_what_was_counted_and_recorded(operator: FlaskClient, inbox: Inbox) -> None:
     made = [inbox.deliver(f"r-{index}", state="dead", error="x") for index in range(3)]
     late = inbox.deliver("r-9", state="dead", error="x")
-    answer = post(operator, "/actions/dead-letters.replay", limit=3)
+    answer = act(operator, "dead-letters.replay", limit=3)
     assert "Changed: 3" in answer.text
     states = dict(inbox.connection.execute("select id, state from webhook.deliveries").fetchall())
     assert [states[number] for number in made] == ["retry"] * 3
@@ -616,7 +646,7 @@ def test_a_replay_is_done_to_what_was_counted_and_recorded(operator: FlaskClient
 def test_discarding_by_filter_says_why(operator: FlaskClient, inbox: Inbox) -> None:
     one = inbox.deliver("r-1", "failed", "dead", error="x")
     inbox.deliver("r-2", "completed", "dead", error="x")
-    answer = post(operator, "/actions/dead-letters.discard", limit=1000, status="failed", why=EVIL)
+    answer = act(operator, "dead-letters.discard", limit=1000, status="failed", why=EVIL)
     assert "Changed: 1" in answer.text
     assert "\u202e" not in get(operator, f"/deliveries/{one}").text
     assert inbox.one("select count(*) from webhook.deliveries where discarded_at is not null") == 1
@@ -628,9 +658,9 @@ def test_discarding_by_filter_says_why(operator: FlaskClient, inbox: Inbox) -> N
 
 def test_parked_deliveries_are_tried_now(operator: FlaskClient, inbox: Inbox) -> None:
     number = inbox.deliver("r-1", state="parked")
-    assert "Changed: 1" in post(operator, "/actions/parked.retry", limit=1).text
+    assert "Changed: 1" in act(operator, "parked.retry", limit=1).text
     assert inbox.one("select next_attempt_at <= now() from webhook.deliveries where id = %s", number)
-    assert "Changed: 1" in post(operator, "/actions/parked.discard", limit=1).text
+    assert "Changed: 1" in act(operator, "parked.discard", limit=1).text
 
 
 @pytest.mark.parametrize(("action", "state"), [
@@ -644,7 +674,7 @@ def test_the_audit_says_who_did_what_to_how_many(
     inbox.deliver("another", "completed", state)
     before = inbox.one("select max(id) from webhook.audit")
     post(operator, f"/actions/{action}/preview", status="failed")
-    answer = post(operator, f"/actions/{action}", status="failed", limit=1000, why="seen")
+    answer = act(operator, action, status="failed", limit=1000, why="seen")
     assert "Changed: 3" in answer.text
     rows = inbox.connection.execute(
         "select who, instance, action, affected, delivery_ids, filter ->> 'status', filter ->> 'by', detail ->> 'why' "
@@ -660,7 +690,7 @@ def test_what_was_kept_aside_is_taken_when_the_filter_says_so(operator: FlaskCli
     inbox.deliver("r-1", state="dead")
     late = inbox.deliver("r-2", state="dead", aside="stale")
     assert ids(get(operator, "/dead-letters?aside=any").text) == [late]
-    assert "Changed: 1" in post(operator, "/actions/dead-letters.discard", aside="stale", limit=10).text
+    assert "Changed: 1" in act(operator, "dead-letters.discard", aside="stale", limit=10).text
     assert inbox.one("select discarded_at is not null from webhook.deliveries where id = %s", late)
     assert inbox.one("select count(*) from webhook.deliveries where discarded_at is null") == 1
 
@@ -678,10 +708,63 @@ def test_the_console_takes_four_connections_at_most(app: Flask, operator: FlaskC
     assert 2 <= count <= 4
 
 
+DEEDS = "select count(*) from webhook.audit where action = 'dead-letters.replay'"
+
+
+def test_a_result_that_is_loaded_again_does_nothing(operator: FlaskClient, inbox: Inbox) -> None:
+    for index in range(2):
+        inbox.deliver(f"r-{index}", "failed", "dead", error="x")
+    inbox.deliver("another", "completed", "dead", error="x")
+    shown = act(operator, "dead-letters.replay", status="failed", limit=2)
+    assert (shown.status_code, shown.request.method) == (200, "GET")
+    inbox.deliver("later", "failed", "dead", error="x")
+    again = get(operator, shown.request.full_path)
+    assert again.text == shown.text
+    assert "Changed: 2. Recorded under: maria." in again.text
+    assert 'href="/dead-letters?status=failed"' in again.text
+    assert inbox.one(DEEDS) == 1
+    assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 2
+
+
+def test_a_result_adds_up_the_transactions_of_its_operation_alone(
+    operator: FlaskClient, inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("webhook_api.actions.BATCH", 2)
+    for index in range(5):
+        inbox.deliver(f"r-{index}", state="dead", error="x")
+    shown = act(operator, "dead-letters.replay", limit=4)
+    assert "Changed: 4." in shown.text
+    assert "Changed: 1." in act(operator, "dead-letters.replay", limit=1).text
+    first, last = (int(number) for number in shown.request.path.split("/")[-2:])
+    assert last > first
+    assert "Changed: 4." in get(operator, f"/done/dead-letters.replay/{first}/{last + 1}").text
+
+
+def test_a_result_of_nothing_says_so_and_stays(operator: FlaskClient, inbox: Inbox) -> None:
+    shown = act(operator, "dead-letters.replay", limit=1)
+    assert "Nothing was changed" in shown.text
+    assert get(operator, shown.request.full_path).text == shown.text
+    assert inbox.one(DEEDS) == 0
+
+
+def test_results_are_for_operators_and_for_what_was_done(
+    operator: FlaskClient, viewer: FlaskClient, inbox: Inbox
+) -> None:
+    inbox.deliver("r-1", state="dead", error="x")
+    path = act(operator, "dead-letters.replay", limit=1).request.path
+    assert get(operator, path).status_code == 200
+    assert get(viewer, path).status_code == 403
+    first = int(path.split("/")[-1])
+    for other in (f"/done/dead-letters.discard/{first}/{first}", f"/done/dead-letters.replay/{first - 1}/{first}",
+                  f"/done/dead-letters.replay/1/{2**70}", f"/done/dead-letters.replay/{first}/{first + 10**6}",
+                  "/done/drop.table", f"/done/drop.table/{first}/{first}"):  # fmt: skip
+        assert get(operator, other).status_code == 404, other
+
+
 def test_one_delivery_is_replayed_by_its_number(operator: FlaskClient, inbox: Inbox) -> None:
     inbox.deliver("r-1", state="dead")
     late = inbox.deliver("r-2", state="dead", aside="stale")
-    assert "Changed: 1" in post(operator, "/actions/events.replay", id=late, limit=1).text
+    assert "Changed: 1" in act(operator, "events.replay", id=late, limit=1).text
     assert inbox.one("select aside from webhook.deliveries where id = %s", late) is None
     assert inbox.one("select count(*) from webhook.deliveries where state = 'dead'") == 1
 
@@ -789,8 +872,26 @@ def test_an_action_of_the_api_counts_first_and_is_recorded(app: Flask, inbox: In
     assert inbox.one("select who from webhook.audit where action = 'dead-letters.replay'") == "token:ci"
 
 
+@pytest.mark.parametrize("fields", [{}, {"since": " "}, {"limit": "1", "after": "5"}])
+def test_everything_is_taken_only_when_it_is_said(
+    app: Flask, inbox: Inbox, document: Any, fields: dict[str, str]
+) -> None:
+    for index in range(2):
+        inbox.deliver(f"r-{index}", state="dead")
+    token, path = inbox.token("ci", "operator"), "/actions/dead-letters.discard"
+    for beside in ({}, {"all": False}):
+        refused = call(app, token, path, {"filter": fields, "dry_run": False, **beside})
+        assert (refused.status_code, refused.json["error"]) == (400, "empty_filter")
+        assert '"all": true' in refused.json["message"]
+        check(document, "/actions/{name}", refused)
+    assert inbox.one("select count(*) from webhook.deliveries where discarded_at is null") == 2
+    assert call(app, token, path, {"filter": fields}).json["matched"] == 2
+    assert call(app, token, path, {"filter": fields, "dry_run": False, "all": True}).json["changed"] == 2
+
+
 @pytest.mark.parametrize("body", [
-    {}, {"filter": {}, "ids": [1]}, {"ids": []}, {"ids": ["1"]}, {"ids": [True]}, {"filter": {"odd": "x"}}, {"filter": []},
+    {}, {"filter": {}, "all": "yes"}, {"filter": {}, "all": 1},
+    {"filter": {}, "ids": [1]}, {"ids": []}, {"ids": ["1"]}, {"ids": [True]}, {"filter": {"odd": "x"}}, {"filter": []},
     {"filter": {}, "limit": 0}, {"filter": {}, "limit": 10**9}, {"filter": {}, "dry_run": "no"}, {"filter": {}, "why": ""},
     {"filter": {}, "more": 1}, [],
 ])  # fmt: skip

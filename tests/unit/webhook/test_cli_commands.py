@@ -157,10 +157,17 @@ def test_a_closed_pipe_is_no_defect() -> None:
     assert explain(BrokenPipeError(32, "Broken pipe")) is None
 
 
+UNSEEN = (
+    0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, *range(0x180B, 0x1810), 0x2800, 0x3164, *range(0xFE00, 0xFE10), 0xFFA0,
+)  # fmt: skip
+"""Letters and marks by their category that nobody sees."""
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("plain", "plain"),
+        ("\u1100\u1161", "\u1100\u1161"),
         ("Жанна ✓", "Жанна ✓"),
         ("\x1b[2J", "\\x1b[2J"),
         ("a\r\nb\tc", "a\\r\\nb\\tc"),
@@ -169,6 +176,8 @@ def test_a_closed_pipe_is_no_defect() -> None:
         ("\ud800", "\\ud800"),
         ("\u2028", "\\u2028"),
         ("\U000e0001", "\\U000e0001"),
+        *((chr(code), f"\\u{code:04x}") for code in UNSEEN),
+        *((chr(code), f"\\U{code:08x}") for code in (0xE0100, 0xE01EF)),
     ],
 )
 def test_nothing_drives_the_terminal(text: str, shown: str) -> None:

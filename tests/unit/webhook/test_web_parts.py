@@ -75,6 +75,11 @@ def test_text_that_turns_around_is_shown_as_escapes() -> None:
     assert harmless(5) == 5
 
 
+def test_what_nobody_sees_is_shown_as_escapes() -> None:
+    assert harmless("a\u3164b\ufe0f\u2800") == "a\\u3164b\\ufe0f\\u2800"
+    assert str(lines("\u034f\n\U000e0100")) == "\\u034f\n\\U000e0100"
+
+
 def test_times_are_in_the_zone_and_lengths_in_two_units() -> None:
     words = Words("en", "Asia/Almaty")
     shown = str(words.time(datetime(2026, 11, 29, 4, 0, tzinfo=UTC)))

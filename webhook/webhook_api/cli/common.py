@@ -34,6 +34,16 @@ WRITABLE: Final = click.Path(dir_okay=False, path_type=Path)
 _CELL: Final = 60
 """Characters of one cell of a table; the rest is cut."""
 
+_UNSEEN: Final = frozenset(
+    chr(code)
+    for first, last in (
+        (0x034F, 0x034F), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F), (0x2800, 0x2800), (0x3164, 0x3164),
+        (0xFE00, 0xFE0F), (0xFFA0, 0xFFA0), (0xE0100, 0xE01EF),
+    )
+    for code in range(first, last + 1)
+)  # fmt: skip
+"""Fillers, joiners, variation selectors and the empty Braille cell: letters, marks or symbols by their category."""
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
@@ -78,14 +88,14 @@ def first_line(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Escape what could drive a terminal or turn text around: controls, format characters, lone surrogates."""
+    """Escape what could drive a terminal, turn text around or hide in it: controls, format characters, what is unseen."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_printable, text))
 
 
 def _printable(character: str) -> str:
-    if character == " " or unicodedata.category(character)[0] not in "CZ":
+    if character == " " or (unicodedata.category(character)[0] not in "CZ" and character not in _UNSEEN):
         return character
     short = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character)
     code = ord(character)

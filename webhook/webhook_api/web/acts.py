@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from flask import Blueprint, abort, g, redirect, render_template, request, url_for
@@ -16,15 +18,15 @@ BACK = {"dead-letters": "pages.dead_letters", "parked": "pages.parked", "events"
 blueprint = Blueprint("acts", __name__)
 
 
-def _wanted() -> tuple[Filter, dict[str, str]]:
+def _wanted(given: Mapping[str, str]) -> tuple[Filter, dict[str, Any]]:
     """The filter of a form: one delivery by its number, or what the fields say."""
     try:
-        identifier = lists.key_of(request.form.get("id"))
+        identifier = lists.key_of(given.get("id"))
     except lists.FilterInvalid:
         abort(400, "filter")
     if identifier is not None:
         return lists.only(identifier), {"id": str(identifier)}
-    wanted, values, fault = asked(request.form)
+    wanted, values, fault = asked(given)
     if fault:
         abort(400, "filter")
     return wanted, lists.fixed(wanted, values)
@@ -37,11 +39,11 @@ def preview(name: str) -> str:
     """How many it would be, and the first of them."""
     if name not in deeds.NAMES:
         abort(404)
-    wanted, values = _wanted()
+    wanted, values = _wanted(request.form)
     with gate.services().read() as connection:
         found = deeds.preview(connection, deeds.action(name, wanted), wanted)
     return render_template(
-        "preview.html", at=name.partition(".")[0], name=name, values=values, found=found,
+        "preview.html", at=name.partition(".")[0], name=name, values=values, said=_said(wanted, values), found=found,
         limit=min(found["matched"], deeds.MOST), back=_back(name, values),
     )  # fmt: skip
 
@@ -49,11 +51,11 @@ def preview(name: str) -> str:
 @blueprint.post("/actions/<name>")
 @gate.page
 @gate.operators
-def act(name: str) -> Answer | str:
-    """Do it to no more than the preview has counted, the oldest first."""
+def act(name: str) -> Answer:
+    """Do it to no more than the preview has counted, the oldest first. The answer leads to a page that does nothing."""
     if name not in deeds.NAMES:
         abort(404)
-    wanted, values = _wanted()
+    wanted, values = _wanted(request.form)
     try:
         limit = lists.key_of(request.form.get("limit")) or 0
     except lists.FilterInvalid:
@@ -63,9 +65,57 @@ def act(name: str) -> Answer | str:
     with services.write() as connection:
         deed = deeds.action(name, wanted, why)
         done = deeds.do(connection, deed, wanted, limit, g.who, services.settings.instance_id)
+    if not done.records:
+        return redirect(url_for("acts.nothing_done", name=name, **values), 303)
+    first, last = done.records[0], done.records[-1]
+    return redirect(url_for("acts.result", name=name, first=first, last=last, **values), 303)
+
+
+@blueprint.get("/done/<name>/<int:first>/<int:last>")
+@gate.page
+@gate.operators
+def result(name: str, first: int, last: int) -> str:
+    """What was done, as the audit has it."""
+    if name not in deeds.NAMES:
+        abort(404)
+    with gate.services().read() as connection:
+        done = deeds.recorded(connection, name, first, last)
+    if done is None:
+        abort(404)
+    return _result(name, done)
+
+
+@blueprint.get("/done/<name>")
+@gate.page
+@gate.operators
+def nothing_done(name: str) -> str:
+    """That nothing was changed: the audit has no row of it."""
+    if name not in deeds.NAMES:
+        abort(404)
+    return _result(name, None)
+
+
+def _result(name: str, done: dict[str, Any] | None) -> str:
+    """The page of a result. The query is the filter, for the way back."""
+    _, values = _wanted(request.args)
     return render_template(
-        "done.html", at=name.partition(".")[0], name=name, done=done, back=_back(name, values), values=values
+        "done.html", at=name.partition(".")[0], name=name, done=done, back=_back(name, values)
     )
+
+
+def _said(wanted: Filter, values: Mapping[str, str]) -> list[tuple[str, Any]]:
+    """The filter as its form says it: names, words, and times in the reader's zone."""
+    times = {"since": wanted.since, "until": wanted.until}
+    return [
+        (g.words.say(f"filter.{name}"), _shown(name, value, times.get(name)))
+        for name, value in values.items()
+    ]
+
+
+def _shown(name: str, value: str, time: datetime | None) -> Any:
+    if time is not None:
+        return g.words.time(time)
+    return g.words.named(name, value) if name in ("status", "state", "aside") else value
 
 
 def _back(name: str, values: dict[str, Any]) -> str:

@@ -145,11 +145,16 @@ def act(name: str) -> Response:
     if name not in deeds.NAMES:
         abort(404)
     given = request.get_json(silent=True)
-    if not isinstance(given, dict) or not set(given) <= {"filter", "ids", "limit", "dry_run", "why"}:
+    if not isinstance(given, dict) or not set(given) <= {"filter", "ids", "all", "limit", "dry_run", "why"}:
         abort(400, "bad_request")
     wanted, limit = _aimed(given), given.get("limit", deeds.MOST)
-    if type(limit) is not int or not 1 <= limit <= deeds.MOST or type(given.get("dry_run", True)) is not bool:
+    if type(limit) is not int or not 1 <= limit <= deeds.MOST:
         abort(400, "bad_request")
+    dry_run, everything = given.get("dry_run", True), given.get("all", False)
+    if type(dry_run) is not bool or type(everything) is not bool:
+        abort(400, "bad_request")
+    if wanted.empty and not (dry_run or everything):
+        abort(400, "empty_filter")
     why = given.get("why")
     if why is not None and not (
         isinstance(why, str) and 0 < len(why) <= deeds.WHY_MOST and why.isprintable()
@@ -161,7 +166,7 @@ def act(name: str) -> Response:
     answer = {key: found[key] for key in ("action", "matched", "states", "left_out", "partial")} | {
         "changed": 0
     }
-    if not given.get("dry_run", True):
+    if not dry_run:
         with services.write() as connection:
             done = deeds.do(connection, deed, wanted, limit, g.who, services.settings.instance_id)
         answer |= {"changed": done.changed, "outcomes": done.outcomes, "delivery_ids": done.ids,

@@ -138,6 +138,7 @@ def _reason(error: Exception) -> tuple[int, str, dict[str, str]]:
 _MESSAGES: Final = {
     "timeout": "error.timeout", "csrf": "error.csrf", "operators": "error.operators", "streams": "error.streams",
     "missing_token": "error.token", "bad_token": "error.token", "filter": "error.filter",
+    "empty_filter": "error.empty_filter",
     "downloads": "error.downloads", "file_missing": "error.file_missing", "file_large": "error.file_large",
     "file_differs": "error.file_differs", "file_store": "error.file_store",
 }  # fmt: skip

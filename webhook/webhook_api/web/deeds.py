@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any, Final
 
 from webhook_api import actions, audit
 from webhook_api.actions import DEAD_LETTERS, Action, Done
-from webhook_api.console import Filter, counted, listed, resolved
+from webhook_api.console import Filter, counted, listed, resolved, rows
 from webhook_api.db import Connection
 from webhook_api.web.accounts import Who
 
@@ -26,6 +27,15 @@ LOOKED: Final = 2000
 """Deliveries that a preview looks through for what no index answers."""
 PREVIEW: Final = 10
 WHY_MOST: Final = 200
+RECORDS: Final = 10_000
+"""Rows of the audit between the first and the last of one operation: it takes a moment, others write meanwhile."""
+
+_DONE: Final = """
+select at, operation, who, affected, detail -> 'outcomes' as outcomes from webhook.audit
+where id between %(first)s and %(last)s
+  and operation = (select operation from webhook.audit where id = %(first)s and action = %(name)s)
+order by id
+"""
 
 
 class DeedUnknown(ValueError):
@@ -96,6 +106,22 @@ def do(connection: Connection, deed: Action, wanted: Filter, limit: int, who: Wh
     return actions.perform(
         connection, deed, resolved(connection, wanted, deep=False), min(limit, MOST), operation
     )
+
+
+def recorded(connection: Connection, name: str, first: int, last: int) -> dict[str, Any] | None:
+    """What came of the operation that wrote the audit's rows from ``first`` to ``last``; None: there is no such one."""
+    if not first <= last < min(2**63, first + RECORDS):
+        return None
+    found = rows(connection.execute(_DONE, {"name": name, "first": first, "last": last}))
+    if not found:
+        return None
+    outcomes: Counter[str] = Counter()
+    for row in found:
+        outcomes.update(row["outcomes"] or {})
+    return {
+        "operation": found[0]["operation"], "who": found[0]["who"], "at": found[-1]["at"],
+        "changed": sum(row["affected"] for row in found), "outcomes": dict(outcomes),
+    }  # fmt: skip
 
 
 def fetched(connection: Connection, who: Who, instance: str, identifier: int, key: str, size: int) -> None:

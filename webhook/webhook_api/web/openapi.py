@@ -158,6 +158,8 @@ def _schemas() -> dict[str, Any]:
         "Deployments": _object({"deployments": {"type": "array", "items": _OBJECT}, "after": _TEXT, "host": _TEXT}),
         "Act": _object({}, filter={"type": "object", "additionalProperties": text},
                        ids={"type": "array", "items": {"type": "integer"}}, dry_run={"type": "boolean", "default": True},
+                       all={"type": "boolean", "default": False, "description": "Take everything when the filter is empty. "
+                            "Without it an empty filter with `dry_run` false is refused (`empty_filter`)."},
                        limit={"type": "integer", "minimum": 1, "maximum": 1000}, why=text),
         "Done": _object({"action": text, "matched": {"type": "integer"}, "states": counts, "left_out": {"type": "integer"},
                          "changed": {"type": "integer"}}, partial={"type": "boolean"}, outcomes=counts, operation=_TEXT,
