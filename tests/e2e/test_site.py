@@ -178,7 +178,7 @@ def test_local_pages_are_for_the_local_network_only(stack: Stack) -> None:
 
 def test_a_release_that_does_not_answer_stops_at_the_first_instance(stack: Stack) -> None:
     """The old release serves on, the message shows what the container said, and the same command goes back."""
-    elsewhere = {"stack_environment": {"PORT": "8009"}, "rollout_health_timeout": 20}
+    elsewhere = {"stack_environment": {"PORT": "8009"}, "rollout_health_timeout": 10}
     result = stack.site.site("--tags", "stack,rollout", "-e", json.dumps(elsewhere))
     try:
         assert result.code != 0
