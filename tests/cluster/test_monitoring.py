@@ -249,6 +249,18 @@ def test_second_run_changes_nothing(watched: Watched) -> None:
     assert watched.site.site("--tags", "monitoring").must_pass().recap["changed"] == 0
 
 
+def test_what_prometheus_refuses_is_not_written_over_what_stands(watched: Watched) -> None:
+    """Running processes would not notice; at their next start there would be none."""
+    place = watched.site.home / "monitoring"
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    too_long = "99999999999y"  # a duration by its form
+    refused = watched.site.site("--tags", "monitoring", "-e", f"monitoring_for_urgent={too_long}")
+    assert refused.code != 0
+    assert "Nothing of the monitoring was changed" in refused.output
+    assert "duration out of range" in refused.output
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
 def test_dead_letters(quiet: Watched) -> None:
     assert quiet.deliver().status_code == 200
     with quiet.alarm("WebhookDeadLetters"):

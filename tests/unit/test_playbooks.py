@@ -150,6 +150,32 @@ def test_backends_may_be_a_site_by_themselves(tmp_path: Path) -> None:
     assert "elsewhere is not ready" in run.stdout
 
 
+def test_a_value_that_the_monitoring_would_refuse_is_named_before_a_host_is_touched(tmp_path: Path) -> None:
+    of_the_host = {
+        "ansible_connection": "local",
+        "ansible_python_interpreter": sys.executable,
+        "preflight_memory_mb": 900_000_000,
+        "monitoring": True,
+        "monitoring_for_urgent": "banana",
+        "monitoring_window": "1h30m",
+        "monitoring_alert_webhook_url": "nourl",
+        "monitoring_rejects": 0,
+        "edge_console_port": 8443,
+    }
+    run = site_for(tmp_path, yaml.safe_dump({"webhook": {"hosts": {"elsewhere": of_the_host}}}))
+    said = " ".join(run.stdout.split())
+    assert run.returncode == 2, run.stdout
+    for fault in (
+        "monitoring_for_urgent is banana",
+        "monitoring_alert_webhook_url is no address",
+        "monitoring_rejects is 0: give a number from 1",
+        "edge_console_port is 8443, which nginx has for deliveries",
+    ):
+        assert fault in said, fault
+    assert "monitoring_window" not in said
+    assert "nourl" not in said, "it may hold a secret"
+
+
 def site_for(inventory: Path, hosts: str) -> subprocess.CompletedProcess[str]:
     """site.yml with an inventory of its own."""
     (inventory / "hosts.yml").write_text(hosts)
