@@ -17,6 +17,7 @@ import pytest
 
 from tests.support.cluster import REPO, Cluster, Machine, wait_for
 from tests.support.steady import Steady
+from tests.support.typed_commands import typed_blocks
 
 NAME = "wht-site"
 NUMBER = 13
@@ -116,12 +117,6 @@ def test_a_second_run_changes_nothing(deployed: Cluster) -> None:
     }
 
 
-def typed(text: str) -> list[str]:
-    """The commands of a page's blocks of shell."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
-
-
 def test_the_pages_commands_work_as_they_are_typed(deployed: Cluster) -> None:
     instead = {
         "inventory/mysite": str(deployed.inventory),
@@ -129,7 +124,7 @@ def test_the_pages_commands_work_as_they_are_typed(deployed: Cluster) -> None:
         "src=site-ca.pem": f"src={deployed.authority.certificate}",
         "builders:webhook": "webhook",
     }
-    commands = typed((REPO / "docs" / "production.md").read_text())
+    commands = [command for block in typed_blocks("docs/production.md") for command in block]
     chosen = [command for command in commands if command.startswith(("make check", "make up", ".venv/bin/"))]
     assert len(chosen) == 3
     for command in chosen:

@@ -138,23 +138,14 @@ def test_an_inventory_without_hosts_of_a_site_is_refused(tmp_path: Path) -> None
 
 def test_backends_may_be_a_site_by_themselves(tmp_path: Path) -> None:
     """For webhook hosts of another inventory. What stops this run is the preflight of the host, not the inventory."""
-    of_the_host = {
-        "ansible_connection": "local",
-        "ansible_python_interpreter": sys.executable,
-        "preflight_memory_mb": 900_000_000,
-    }
-    backends = yaml.safe_dump({"backends": {"hosts": {"elsewhere": of_the_host}}})
-    run = site_for(tmp_path, backends)
+    run = site_for(tmp_path, not_ready("backends"))
     assert run.returncode == 2, run.stdout
     assert "No host is in the groups" not in run.stdout
     assert "elsewhere is not ready" in run.stdout
 
 
 def test_a_value_that_the_monitoring_would_refuse_is_named_before_a_host_is_touched(tmp_path: Path) -> None:
-    of_the_host = {
-        "ansible_connection": "local",
-        "ansible_python_interpreter": sys.executable,
-        "preflight_memory_mb": 900_000_000,
+    wrong = {
         "monitoring": True,
         "monitoring_for_urgent": "banana",
         "monitoring_window": "1h30m",
@@ -162,7 +153,7 @@ def test_a_value_that_the_monitoring_would_refuse_is_named_before_a_host_is_touc
         "monitoring_rejects": 0,
         "edge_console_port": 8443,
     }
-    run = site_for(tmp_path, yaml.safe_dump({"webhook": {"hosts": {"elsewhere": of_the_host}}}))
+    run = site_for(tmp_path, not_ready("webhook", **wrong))
     said = " ".join(run.stdout.split())
     assert run.returncode == 2, run.stdout
     for fault in (
@@ -174,6 +165,14 @@ def test_a_value_that_the_monitoring_would_refuse_is_named_before_a_host_is_touc
         assert fault in said, fault
     assert "monitoring_window" not in said
     assert "nourl" not in said, "it may hold a secret"
+
+
+def not_ready(group: str, **variables: Any) -> str:
+    """An inventory with one host, this machine, that has too little memory: no run goes beyond its preflight."""
+    own = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    return yaml.safe_dump(
+        {group: {"hosts": {"elsewhere": own | variables | {"preflight_memory_mb": 900_000_000}}}}
+    )
 
 
 def site_for(inventory: Path, hosts: str) -> subprocess.CompletedProcess[str]:
