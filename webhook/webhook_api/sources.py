@@ -3,6 +3,9 @@
 ``{"replicate": {"scheme": "standard", "shape": "replicate", "secrets": [{"file": "/run/secrets/…"}], "public_keys":
 ["whpk_…"]}}``. ``fal`` and ``manual`` are built in. What is unknown in here keeps the service from starting: a sender
 that is verified in another way than its operator thinks would be worse than none.
+
+Every command reads its settings, and with them this table, while only the intake verifies: what verifying takes is
+imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from nacl.signing import VerifyKey
+if TYPE_CHECKING:
+    from nacl.signing import VerifyKey
 
-from webhook_api.auth.standard import MalformedKey, StandardVerifier, read_public_key, read_secret
-from webhook_api.bodies import SHAPES
+    from webhook_api.auth.standard import StandardVerifier
 
 SCHEMES: Final = frozenset({"standard"})
 BUILT_IN: Final = frozenset({"fal", "manual"})
@@ -27,7 +30,7 @@ MAX_SENDERS: Final = 64
 MAX_KEYS: Final = 8
 """Secrets or public keys of one sender: each costs time for every delivery."""
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,31}")
-Key = TypeVar("Key", bytes, VerifyKey)
+Key = TypeVar("Key", bytes, "VerifyKey")
 _FIELDS: Final = frozenset({"scheme", "shape", "secrets", "public_keys"})
 
 
@@ -43,6 +46,8 @@ class Sender:
 
     def verifier(self) -> StandardVerifier:
         """Return what verifies its deliveries."""
+        from webhook_api.auth.standard import StandardVerifier
+
         return StandardVerifier(
             self.name, secrets=self.secrets, public_keys=self.public_keys, shape=self.shape
         )
@@ -91,6 +96,8 @@ class _Table:
         return tuple(found)
 
     def _sender(self, name: str, entry: Any) -> Sender:
+        from webhook_api.bodies import SHAPES
+
         if not NAME.fullmatch(name):
             raise _Unusable("a name is 1 to 32 of a-z, 0-9, '-' and '_', a letter first")
         if name in BUILT_IN | RESERVED:
@@ -109,6 +116,8 @@ class _Table:
         return Sender(name, scheme, shape, self._secrets(secrets), self._public_keys(keys))
 
     def _secrets(self, items: list[Any]) -> tuple[bytes, ...]:
+        from webhook_api.auth.standard import read_secret
+
         texts: list[str] = []
         for item in items:
             if isinstance(item, str) and not self._plain_secrets:
@@ -117,6 +126,8 @@ class _Table:
         return _bounded("secrets", [_parsed(read_secret, text) for text in texts])
 
     def _public_keys(self, items: list[Any]) -> tuple[VerifyKey, ...]:
+        from webhook_api.auth.standard import read_public_key
+
         texts: list[str] = []
         for item in items:
             texts += [item] if isinstance(item, str) else self._lines(item)
@@ -164,6 +175,8 @@ def _bounded(name: str, found: list[Key]) -> tuple[Key, ...]:
 
 
 def _parsed(parse: Callable[[str], Key], text: str) -> Key:
+    from webhook_api.auth.standard import MalformedKey
+
     try:
         return parse(text)
     except MalformedKey as error:

@@ -107,19 +107,47 @@ def test_an_unknown_command_is_2() -> None:
     assert typed({}, "events", "nonsense").exit_code == 2
 
 
-def test_the_health_check_imports_next_to_nothing() -> None:
-    """It runs every few seconds in each container."""
+def imported(arguments: list[str], names: set[str], **environment: str) -> set[str]:
+    """Which of `names` a command has imported when it has ended, in a process of its own."""
     program = (
         "import sys; from webhook_api.cli import main\n"
-        "try: main(['health', '--url', 'http://127.0.0.1:1/'], prog_name='x')\n"
+        f"try: main({arguments!r}, prog_name='x')\n"
         "except SystemExit: pass\n"
-        "print([name for name in ('psycopg', 'flask', 'redis', 'minio', 'nacl', 'urllib3') if name in sys.modules])"
+        # None stands there for what was kept out.
+        "print(*(name for name, module in sys.modules.items() if module))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPO / "webhook")}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(REPO / "webhook"), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+    return names & set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_health_check_imports_next_to_nothing() -> None:
+    """It runs every few seconds in each container."""
+    heavy = {"psycopg", "flask", "redis", "minio", "nacl", "urllib3"}
+    assert imported(["health", "--url", "http://127.0.0.1:1/"], heavy) == set()
+
+
+def test_trace_imports_the_clients_of_the_backends_and_nothing_of_the_processes() -> None:
+    """It is started by every probe, which waits for it."""
+    clients = {"psycopg", "redis", "minio"}
+    others = {"flask", "nacl", "opentelemetry", "prometheus_client", "webhook_api.auth"}
+    found = imported(
+        ["trace", "probe-1", "--json"],
+        clients | others,
+        DATABASE_URL="postgresql://u@127.0.0.1:1/d",
+        REDIS_URL="redis://127.0.0.1:1/0",
+        MINIO_ENDPOINT="127.0.0.1:1",
+        MINIO_ACCESS_KEY="access",
+        MINIO_SECRET_KEY="secret-of-the-test",
+        WEBHOOK_SOURCES='{"r": {"scheme": "standard", "shape": "replicate", "secrets": [{"file": "/nowhere"}]}}',
+        OTEL_EXPORTER_OTLP_ENDPOINT="",
+    )
+    assert found == clients
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,15 @@ def command(request_id: str, as_json: bool, removing: bool, wait: float | None) 
 
     Exits 1 when nothing of it has arrived; with --wait and without --remove also when time was up too early.
     """
+    from webhook_api import tracing
     from webhook_api.config import NEEDS_BACKENDS
+
+    loaded = settings(NEEDS_BACKENDS)
+    tracing.keep_out(loaded)
+
     from webhook_api.trace import TraceError, settled, trace_and_remove
     from webhook_api.trace import trace as follow
 
-    loaded = settings(NEEDS_BACKENDS)
     try:
         found = (trace_and_remove if removing else follow)(loaded, request_id, wait or 0.0)
     except TraceError as error:
