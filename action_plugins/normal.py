@@ -74,7 +74,8 @@ class ActionModule(ansibles_own()):  # type: ignore[misc]
             return self.__plainly(call, wrap_async)
         self.__kept, self.__archive = True, None
         result = super()._execute_module(**call)
-        if result.get(NOT_KEPT) == "missing" and not self._task.check_mode:
+        # A single task may only look in a run that does change the host.
+        if result.get(NOT_KEPT) == "missing" and not (task_vars or {}).get("ansible_check_mode"):
             self.__archive = self.__archive_of(name, task_vars)
             if self.__archive:
                 result = super()._execute_module(**call)

@@ -128,6 +128,11 @@ options:
       - V(false) where other hosts of the run may still fail, and this one go back with them; M(kept_secrets) does it then.
     type: bool
     default: true
+  expect_unchanged:
+    description: Record a run that has nothing to do, and touch nothing. Where anything differs, where another run has the
+      deployment's lock, or the run before did not succeed, the module fails; outside check mode, with O(kind=deploy).
+    type: bool
+    default: false
   probe:
     description: A probe before the release becomes the current one; options as those of M(webhook_probe), without
       C(docker_host). C(release) is the release's. Empty for none.
@@ -248,7 +253,7 @@ container:
 reason:
   description: V(bad_setting), V(no_release), V(damaged), V(bad_release), V(locked), V(image_missing), V(edge_refused),
     V(rehearsal_failed), V(migration_failed), V(start_failed), V(unhealthy), V(wrong_release), V(gate_failed),
-    V(no_other_instance), V(probe_failed), V(interrupted), V(engine), V(io) or V(defect).
+    V(no_other_instance), V(probe_failed), V(interrupted), V(differs), V(engine), V(io) or V(defect).
   returned: on failure
   type: str
 """
@@ -313,6 +318,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "docker_config": {"type": "str", "default": ""},
     "wait": {"type": "float", "default": 120.0},
     "settle": {"type": "bool", "default": True},
+    "expect_unchanged": {"type": "bool", "default": False},
     "probe": {"type": "dict", "default": {}},
     "contents": {"type": "dict", "default": {}},
     "metadata": {"type": "dict", "default": {}},
@@ -393,6 +399,8 @@ def bring(module: AnsibleModule) -> dict:
     target = rollout.load(params["release"])
     if params["kind"] == "prepare":
         return rollout.prepare(target)
+    if params["expect_unchanged"]:
+        return rollout.confirm(target)
     detach()
     return rollout.run(target)
 

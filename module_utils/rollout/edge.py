@@ -241,6 +241,11 @@ class Edge:
                 told.append(f"the nginx {edge} keeps connections again")
         return told
 
+    def is_unresolved(self, target: Release) -> bool:
+        """Whether `resolve` would have something to do, or no nginx is there."""
+        names = [_name(container) for container in self._project.containers(target.nginx.name)]
+        return names != [target.nginx.container] or bool(self._switches.draining())
+
     def _better(self, running: list[Found], target: Release, current: Release | None) -> Found:
         """Of several: one that answers with the target's configuration, else with the current one's, else the named one."""
         for release in filter(None, (target, current)):

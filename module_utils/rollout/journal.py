@@ -108,6 +108,12 @@ class Journal:
         except LockError as error:
             raise RolloutError("locked", str(error)) from error
 
+    def check_nobody_else(self) -> None:
+        """`RolloutError` (locked) when the deployment's lock is another run's, be that alive or not."""
+        holder = self._lock.read()
+        if holder and holder.run != self.id:
+            raise RolloutError("locked", f"the lock is another run's: {holder.described()}")
+
     def recover(self) -> dict[str, Any] | None:
         """Close the record of a run that was killed. Its record; what it had replaced is ours to undo as well."""
         closed: dict[str, Any] | None = self._records.close_interrupted(self.id)
@@ -184,6 +190,10 @@ class Journal:
     def after_failure(self) -> bool:
         """Whether the newest record of this host is of a run that did not succeed."""
         return any(record["result"] not in ("done", "unchanged") for record in self._records.read(1))
+
+    def troubled(self) -> bool:
+        """Whether the run before on this host did not succeed, or did not end."""
+        return self._records.in_hand() is not None or self.after_failure()
 
     def unchanged(self, release: Release) -> Mapping[str, Any]:
         """Record a run that had nothing to do."""

@@ -28,6 +28,10 @@ class Leftovers:
             self._rehearsal.clear(target)
         return [*told, *self._switched_off(target)]
 
+    def are_there(self, target: Release) -> bool:
+        """Whether `clear` would have something to do. A look, and nothing else."""
+        return bool(self._switches.out() or self._edge.is_unresolved(target) or self._project.one_offs())
+
     def _switched_off(self, target: Release) -> list[str]:
         """Switches of what is no more. An instance that is there stays out until a gate has proven it."""
         told = []

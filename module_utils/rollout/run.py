@@ -145,6 +145,24 @@ class Rollout:
         done = {"changed": bool(pulled), "pulled": pulled, "result": "prepared"}
         return {**as_result(plan, "prepare"), **done}
 
+    def confirm(self, target: Release) -> dict[str, Any]:
+        """Record a run that has nothing to do here. `RolloutError` (differs) for everything else, which `run` does."""
+        self._journal.check_nobody_else()
+        with only_one(self._settings.site_dir, 0, self._sleep):
+            edge, _ = self._rooms(target)
+            leftovers = Leftovers(
+                self._project(target), self._docker, edge, self._switches, self._rehearsal()
+            )
+            plan = self.plan(target)
+            if (
+                plan.changed
+                or leftovers.are_there(target)
+                or self._rotation.names()
+                or self._journal.troubled()
+            ):
+                raise RolloutError("differs", f"This host is not as release {target.id} wants it")
+            return self._result(plan, self._journal.unchanged(target), [], changed=False)
+
     def run(self, target: Release) -> dict[str, Any]:
         """Bring the host to the release. `RolloutError` when that failed; its evidence says whether it was undone."""
         self._journal.check_lock()

@@ -38,6 +38,11 @@ def state(stack: Stack, *, records: bool = True) -> dict[str, str]:
     return seen
 
 
+def current(stack: Stack) -> str:
+    """Id of the release that serves."""
+    return (stack.site.home / "current").resolve().name
+
+
 def test_second_run_changes_nothing(stack: Stack) -> None:
     before = state(stack, records=False)
     recap = stack.site.site().must_pass().recap
@@ -46,6 +51,32 @@ def test_second_run_changes_nothing(stack: Stack) -> None:
     last = (stack.site.home / "deployments.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["result"] == "unchanged"
     assert not (stack.site.home / "run/deployment.lock").exists()
+
+
+def test_a_run_with_nothing_to_do_says_so_in_one_task_and_task_by_task_it_is_the_same(stack: Stack) -> None:
+    before = state(stack, records=False)
+    short = stack.site.site().must_pass()
+    assert f"release {current(stack)} runs and is proven" in short.output
+    assert "TASK [rollout : The release runs]" not in short.output
+    # With tags to skip, a part of the whole is asked for, and every task speaks for itself.
+    long = stack.site.site("--skip-tags", "prune").must_pass()
+    assert f"release {current(stack)} runs and is proven" in long.output
+    assert "TASK [rollout : The release runs]" in long.output
+    assert (short.recap["changed"], long.recap["changed"]) == (0, 0)
+    assert state(stack, records=False) == before
+
+
+def test_a_run_mends_what_is_not_as_the_release_says(stack: Stack) -> None:
+    """Here an instance that somebody has stopped, and a secret's file that everybody may read."""
+    container, secret = f"{stack.site.name}-api-2", stack.site.home / "secrets/api/minio_secret_key"
+    docker("stop", container)
+    secret.chmod(0o444)
+    result = stack.site.site().must_pass()
+    assert "TASK [rollout : The release runs]" in result.output
+    assert result.recap["changed"] >= 2
+    assert docker("inspect", "--format", "{{.State.Health.Status}}", container) == "healthy"
+    assert secret.stat().st_mode & 0o777 == 0o400
+    assert stack.site.site().must_pass().recap["changed"] == 0
 
 
 def test_dry_run_on_a_standing_stack_is_silent_and_touches_nothing(stack: Stack) -> None:

@@ -114,6 +114,12 @@ class World:
         rollout = Rollout(Settings(site_dir=self.site), self, self, proc=self.site / "proc")
         return rollout.foresee(rollout.load(release), {})
 
+    def confirm(self, release: str, run: str = "") -> dict[str, Any]:
+        """The module where it is expected that nothing differs."""
+        settings = Settings(site_dir=self.site, host="h", run=run)
+        rollout = Rollout(settings, self, self, proc=self.site / "proc", warn=self.warnings.append)
+        return rollout.confirm(rollout.load(release))
+
     # What is looked at
 
     def of(self, service: str) -> list[dict[str, Any]]:

@@ -8,8 +8,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from ansible.module_utils.deploy_lock import DeployLock
+from ansible.module_utils.deploy_record import DeployRecords
 from ansible.module_utils.rollout import edge
 from ansible.module_utils.rollout.gates import Asking
+from ansible.module_utils.rollout.journal import only_one
 from ansible.module_utils.rollout.model import RolloutError
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -53,6 +56,94 @@ def test_a_run_brings_the_host_to_the_release_and_a_second_one_changes_nothing(m
     assert world.run(new)["record"]["changed"] == ["api-1", "api-2", "worker", "nginx"]
     assert world.state() == world.at(new)
     assert world.run(new)["changed"] is False
+
+
+def differs(world, release, **options):
+    """That it is said that something differs, and nothing is touched or recorded."""
+    before = (world.state(), world.records())
+    with pytest.raises(RolloutError) as caught:
+        world.confirm(release, **options)
+    assert (world.state(), world.records()) == before
+    return caught.value.reason
+
+
+def test_where_nothing_differs_the_run_is_recorded_and_nothing_touched(make):
+    world, old, new = make()
+    identities = [container["Id"] for container in world.containers]
+    assert (world.confirm(old)["changed"], world.result()) == (False, "unchanged")
+    assert world.state() == world.at(old)
+    assert [container["Id"] for container in world.containers] == identities
+    assert differs(world, new) == "differs"
+
+
+@pytest.mark.parametrize("result", ["failed", "rolled_back", "interrupted"])
+def test_after_a_run_that_did_not_succeed_nothing_is_called_unchanged(make, result):
+    world, old, _ = make()
+    record = {"id": "d-20261123T040000-1a2b3c", "host": "h", "started": "2026-11-23T04:00:00Z"}
+    DeployRecords(world.site).append(record | {"kind": "deploy", "result": result})
+    assert differs(world, old) == "differs"
+    assert world.run(old)["after_failure"] is True
+    assert world.confirm(old)["result"] == "unchanged"
+
+
+def test_under_another_runs_lock_nothing_is_called_unchanged(make):
+    world, old, _ = make()
+    ours, theirs = "d-20261123T040000-1a2b3c", "d-20261123T040001-1a2b3c"
+    lock = DeployLock(world.site)
+    lock.acquire(theirs, "boris")
+    assert differs(world, old, run=ours) == "locked"
+    lock.release(theirs)
+    lock.acquire(ours, "aida")
+    assert world.confirm(old, run=ours)["result"] == "unchanged"
+
+
+def test_while_a_rollout_is_at_work_nothing_is_called_unchanged(make):
+    world, old, _ = make()
+    with only_one(world.site, 0):
+        assert differs(world, old) == "locked"
+
+
+@pytest.mark.parametrize("left", ["api-2.down", "e-old.draining", "ghost.down"])
+def test_with_something_left_of_a_run_nothing_is_called_unchanged(make, left):
+    world, old, _ = make()
+    (world.site / "state").mkdir(exist_ok=True)
+    (world.site / "state" / left).touch()
+    assert differs(world, old) == "differs"
+    world.run(old)
+    assert world.confirm(old)["result"] == "unchanged"
+
+
+def test_with_a_migration_that_is_left_nothing_is_called_unchanged(make):
+    world, old, _ = make()
+    worker = world.of("worker")[0]
+    labels = worker["Config"]["Labels"] | {"com.docker.compose.oneoff": "True"}
+    one_off = worker | {
+        "Id": "x" * 64,
+        "Name": "/wht-migrate-run",
+        "Config": worker["Config"] | {"Labels": labels},
+    }
+    world.containers.append(one_off)
+    assert differs(world, old) == "differs"
+
+
+@pytest.mark.parametrize("goal", ["old", "new"])
+def test_killed_at_any_call_nothing_is_called_unchanged_that_is_not_whole(make, goal):
+    called_whole, fuses = 0, range(1, calls(make) + 1, EVERY)
+    for fuse in fuses:
+        world, old, new = make()
+        world.fuse = fuse
+        assert quietly(world, new), fuse
+        world.fuse, wanted, world.dead = 0, {"old": old, "new": new}[goal], False
+        interrupted = (world.site / "run" / "deployment.json").exists()
+        with suppress(RolloutError):
+            world.confirm(wanted)
+            called_whole += 1
+            assert not interrupted, f"the record of the run that was killed at call {fuse} is to be closed"
+            assert world.state() == world.at(wanted), fuse
+            assert world.result() == "unchanged"
+    assert called_whole < len(fuses) / 4, (
+        "before its first step a run has changed nothing, and after its last one all"
+    )
 
 
 @pytest.mark.parametrize("service", ["api_1", "api_2", "worker", "nginx"])
