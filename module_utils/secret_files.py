@@ -26,7 +26,7 @@ from typing import Any
 
 from ansible.module_utils.docker_cli import find_program
 from ansible.module_utils.kept_secrets import KeptSecrets
-from ansible.module_utils.whole_files import read_file, write_file
+from ansible.module_utils.whole_files import give_file, read_file, write_file
 
 VERSION_KEY = ".version-key"
 VERSION_LENGTH = 12
@@ -402,10 +402,11 @@ class SecretFiles:
             return
         if self._keeps(secret):
             self._kept.keep(spec.name, self._release)
-        if secret.actions:
-            write_file(
-                self.path / spec.name, secret.value, owner=spec.owner, group=spec.group, mode=spec.mode
-            )
+        given = {"owner": spec.owner, "group": spec.group, "mode": spec.mode}
+        if secret.actions and set(secret.actions) <= {"owner", "mode"}:
+            give_file(self.path / spec.name, **given)
+        elif secret.actions:
+            write_file(self.path / spec.name, secret.value, **given)
 
     # -- what is told
 

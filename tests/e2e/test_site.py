@@ -76,6 +76,7 @@ def test_a_run_mends_what_is_not_as_the_release_says(stack: Stack) -> None:
     assert result.recap["changed"] >= 2
     assert docker("inspect", "--format", "{{.State.Health.Status}}", container) == "healthy"
     assert secret.stat().st_mode & 0o777 == 0o400
+    stack.site.playbook("playbooks/status.yml").must_pass()
     assert stack.site.site().must_pass().recap["changed"] == 0
 
 

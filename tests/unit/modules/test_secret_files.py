@@ -133,11 +133,13 @@ def test_a_certificate_keeps_its_last_newline(tmp_path: Path) -> None:
 
 def test_mode_and_owner_are_brought_back(tmp_path: Path) -> None:
     run(tmp_path / "s", spec("a", value="x"))
+    before = (tmp_path / "s/a").stat().st_ino
     (tmp_path / "s/a").chmod(0o644)
     (tmp_path / "s").chmod(0o755)
     files = run(tmp_path / "s", spec("a", value="x"))
     assert files.actions() == {"a": ["mode"]}
     assert (mode(tmp_path / "s/a"), mode(tmp_path / "s")) == (0o400, 0o711)
+    assert (tmp_path / "s/a").stat().st_ino == before, "containers that have it mounted go on having it"
 
 
 @pytest.mark.skipif(ME != 0, reason="only root gives files away")
