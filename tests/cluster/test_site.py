@@ -112,6 +112,9 @@ def test_a_second_run_changes_nothing(deployed: Cluster) -> None:
     before = deployed.state()
     run = deployed.site().must_pass()
     assert set(run.changed.values()) == {0}, run.recap
+    # Each host costs what is asked of it before anything is done, and one task that finds out that nothing is left to do.
+    assert run.recap["webhook-2"]["ok"] <= 8, run.recap
+    assert [record_of(deployed, machine)["result"] for machine in deployed.webhooks] == ["unchanged"] * 2
     assert {name: state[0] for name, state in deployed.state().items()} == {
         name: state[0] for name, state in before.items()
     }
@@ -254,6 +257,27 @@ def test_limit_changes_one_host_and_leaves_the_registry(deployed: Cluster) -> No
     assert deployed.webhooks[1].containers() == there
     assert "what the kept releases of webhook-2 need is not known" in re.sub(r"\s+", " ", run.output)
     assert deployed.manifests("webhook-api") == before
+
+
+def lock_of(cluster: Cluster, host: str, words: str) -> None:
+    """Call module deploy_lock on a host, as another run would."""
+    command = ["ansible", host, "-i", str(cluster.inventory), "--become", "-m", "deploy_lock"]
+    command += ["-a", f"path=/opt/{NAME} {words}", "--vault-password-file", str(cluster.vault_password)]
+    environment = os.environ | {"ANSIBLE_SSH_CONTROL_PATH_DIR": str(cluster.control)}
+    subprocess.run(command, cwd=REPO, env=environment, check=True, capture_output=True, timeout=120)
+
+
+def test_where_something_is_left_to_do_the_lock_is_taken_although_the_first_host_has_nothing_to_do(
+    deployed: Cluster,
+) -> None:
+    """After the test before, webhook-2 is behind. Somebody else is at work there."""
+    there = [machine.containers() for machine in deployed.webhooks]
+    waiting = deployed.with_variables(**CHANGE, prune_registry_keep=0, lock_wait_seconds=2)
+    lock_of(deployed, "webhook-2", "run=d-20261129T000000-abcdef owner=boris@elsewhere lease=600")
+    deployed.site(*waiting).must_fail("boris@elsewhere")
+    assert [machine.containers() for machine in deployed.webhooks] == there
+    assert not deployed.webhooks[0].succeeds(f"test -e /opt/{NAME}/run/deployment.lock")
+    lock_of(deployed, "webhook-2", "state=broken run=d-20261129T000000-abcdef")
 
 
 def test_the_next_whole_run_brings_the_other_host_and_prunes_what_nobody_needs(
