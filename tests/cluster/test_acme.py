@@ -11,6 +11,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import docker
@@ -62,9 +64,23 @@ def pebble(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     ]
     certificate += ["-subj", "/CN=pebble", "-addext", f"subjectAltName=IP:{gateway(NUMBER)},IP:127.0.0.1"]
     output("openssl", *certificate, "-keyout", str(files / "key.pem"), "-out", str(files / "cert.pem"))
+    for path in files.iterdir():
+        path.chmod(0o644)
+    engine = docker.from_env()
+    base = tags_of(engine, "aisha-base")[0]
+    engine.close()
+    output("docker", "build", "-q", "--build-arg", f"BASE={base}", "-t", PEBBLE, "-", input=DOCKERFILE)
+    with authority(files, PEBBLE, PORT, days=90):
+        yield files / "cert.pem"
+    subprocess.run(["docker", "image", "rm", "--force", PEBBLE], capture_output=True, check=False)
+
+
+@contextmanager
+def authority(files: Path, name: str, port: int, *, days: int) -> Iterator[str]:
+    """A pebble whose certificates are valid for so many days; the address of its directory."""
     settings = {
-        "listenAddress": f"0.0.0.0:{PORT}",
-        "managementListenAddress": f"127.0.0.1:{PORT + 1}",
+        "listenAddress": f"0.0.0.0:{port}",
+        "managementListenAddress": f"127.0.0.1:{port + 1}",
         "certificate": "/files/cert.pem",
         "privateKey": "/files/key.pem",
         "httpPort": 20000 + 100 * NUMBER + 80,
@@ -72,23 +88,19 @@ def pebble(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "ocspResponderURL": "",
         "externalAccountBindingRequired": False,
         "retryAfter": {"authz": 1, "order": 1},
-        "certificateValidityPeriod": 90 * 86400,
+        "certificateValidityPeriod": days * 86400,
     }
-    (files / "config.json").write_text(json.dumps({"pebble": settings}))
-    for path in files.iterdir():
-        path.chmod(0o644)
-    engine = docker.from_env()
-    base = tags_of(engine, "aisha-base")[0]
-    engine.close()
-    output("docker", "build", "-q", "--build-arg", f"BASE={base}", "-t", PEBBLE, "-", input=DOCKERFILE)
-    hosts = [word for name in NAMES for word in ("--add-host", f"{name}:127.0.0.1")]
+    (files / f"{name}.json").write_text(json.dumps({"pebble": settings}))
+    (files / f"{name}.json").chmod(0o644)
+    hosts = [word for known in NAMES for word in ("--add-host", f"{known}:127.0.0.1")]
     output(
-        "docker", "run", "--detach", "--name", PEBBLE, "--network", "host", *hosts, "--user", "65534", "--env",
-        "PEBBLE_VA_NOSLEEP=1", "--volume", f"{files}:/files:ro", PEBBLE, "pebble", "-config", "/files/config.json",
+        "docker", "run", "--detach", "--name", name, "--network", "host", *hosts, "--user", "65534", "--env",
+        "PEBBLE_VA_NOSLEEP=1", "--volume", f"{files}:/files:ro", PEBBLE, "pebble", "-config", f"/files/{name}.json",
     )  # fmt: skip
-    yield files / "cert.pem"
-    subprocess.run(["docker", "rm", "--force", PEBBLE], capture_output=True, check=False)
-    subprocess.run(["docker", "image", "rm", "--force", PEBBLE], capture_output=True, check=False)
+    try:
+        yield f"https://{gateway(NUMBER)}:{port}/dir"
+    finally:
+        subprocess.run(["docker", "rm", "--force", name], capture_output=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +243,32 @@ def test_a_ca_that_refuses_is_told_and_the_site_serves_on(site: Site) -> None:
     url = f"https://127.0.0.1:{site.settings['site_https_alt_port']}/health"
     assert requests.get(url, verify=False, timeout=30).status_code == 200
     site.site("--tags", "stack,rollout,acme").must_pass()
+
+
+def test_a_certificate_near_its_end_is_renewed_by_itself_and_no_request_fails(
+    site: Site, pebble: Path
+) -> None:
+    """Of an authority whose certificates end in 20 days, where 30 days before the end is the time: at each look, in 15 s."""
+    with authority(pebble.parent, f"{PEBBLE}-short", PORT + 4, days=20) as directory:
+        site.variables |= {"stack_acme_server": directory, "stack_acme_interval_seconds": 15}
+        site.write_variables()
+        site.site("--tags", "stack,rollout,acme").must_pass()
+        code, state = client(site, "renew")
+        assert code == 0, state
+        assert (served(site).not_valid_after_utc - datetime.now(UTC)).days in (19, 20)
+        started, seen = nginx_started(site), [served(site).serial_number]
+        loads = [Load(site, keep=keep) for keep in (True, False)]
+        for load in loads:
+            load.start()
+        try:
+            deadline = time.monotonic() + 180
+            while len(seen) < 3 and time.monotonic() < deadline:
+                if (now := served(site).serial_number) != seen[-1]:
+                    seen.append(now)
+                time.sleep(0.5)
+        finally:
+            for load in loads:
+                load.end()
+    assert len(seen) == 3, "two renewals that nobody asked for"
+    assert [failure for load in loads for failure in load.failed] == []
+    assert nginx_started(site) == started
