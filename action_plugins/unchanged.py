@@ -12,7 +12,7 @@ what cannot be done here is left to the tasks that follow, one by one and for ev
         group: unchanged
 
 `tasks` is a file of ordinary tasks; those that would change something need `check_mode: true`. `group` gets the host when
-nothing did. Result: `msg` (what debug tasks said), or `at` and `reason`: where it ended, and why.
+nothing did. Result: `msg`, what debug tasks said, or where it ended.
 """
 
 from __future__ import annotations
@@ -45,11 +45,7 @@ else:
 
 
 class Ended(Exception):
-    """A task changed something, failed, or cannot be done here: `at` is its name."""
-
-    def __init__(self, at: str, reason: str) -> None:
-        super().__init__(reason)
-        self.at = at
+    """A task changed something, failed, or cannot be done here: what is to be said of it."""
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]
@@ -60,24 +56,28 @@ class ActionModule(ActionBase):  # type: ignore[misc]
 
     def run(self, tmp: Any = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Go through the file; the host is in the group afterwards, or it is said what is left to do."""
-        result: dict[str, Any] = super().run(tmp, task_vars) | {"changed": False}
+        result: dict[str, Any] = super().run(tmp, task_vars) | {
+            "changed": False,
+            "_ansible_verbose_always": True,
+        }
         _, arguments = self.validate_argument_spec(
             {"tasks": {"type": "str", "required": True}, "group": {"type": "str", "required": True}}
         )
-        if not VERSION_FITS or worker.current_worker is None:
-            return result | {"at": "", "reason": f"not known for ansible-core {version}"}
-        walk = Walk(worker.current_worker, self._task)
         try:
-            walk.through(self._find_needle("", arguments["tasks"]))
+            walk = self._walked(arguments["tasks"])
         except Ended as end:
-            return result | {"at": end.at, "reason": str(end)}
-        except (
-            Exception
-        ) as fault:  # whatever it is, the tasks that follow find it too, and say it in their own words
+            return result | {"msg": f"Something is left to do: {end}"}
+        except Exception as fault:  # the tasks that follow meet it as well, and say it in their own words
             Display().vvv(traceback.format_exc())
-            return result | {"at": "", "reason": f"{type(fault).__name__}: {fault}"}
-        said = {"msg": walk.said, "warnings": walk.warnings, "_ansible_verbose_always": True}
-        return result | said | {"add_group": arguments["group"]}
+            return result | {"msg": f"It is not known what is left to do: {type(fault).__name__}: {fault}"}
+        return result | {"msg": walk.said, "warnings": walk.warnings, "add_group": arguments["group"]}
+
+    def _walked(self, tasks: str) -> Walk:
+        if not VERSION_FITS or worker.current_worker is None:
+            raise Ended(f"every task is asked, with ansible-core {version}")
+        walk = Walk(worker.current_worker, self._task)
+        walk.through(self._find_needle("", tasks))
+        return walk
 
 
 class Silence:
@@ -125,14 +125,11 @@ class Walk:
         result = self._executed(task)
         Display().vv(f"{time.monotonic() - begun:.2f} s: {task.get_name()}", host=self._host.name)
         if result.is_unreachable():
-            raise Ended(task.get_name(), "the host cannot be reached")
+            raise Ended(f"the host cannot be reached for {task.get_name()!r}")
         if result.is_failed():
-            hidden = result._return_data.get("_ansible_no_log")
-            raise Ended(
-                task.get_name(), "it failed" + ("" if hidden else f": {result._return_data.get('msg')}")
-            )
+            raise Ended(f"{task.get_name()!r} does not succeed")
         if result.is_changed():
-            raise Ended(task.get_name(), "it would change something")
+            raise Ended(f"{task.get_name()!r} would change something")
         if not result.is_skipped():
             self._remember(task, result._return_data)
         self._register(task, result._return_data)

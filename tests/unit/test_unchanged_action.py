@@ -50,12 +50,18 @@ MORE = """
 ENDS = {
     "changes": (
         "- {name: Written, ansible.builtin.copy: {dest: '{{ touched }}', content: x}, check_mode: true}",
-        "change",
+        "would change something",
     ),
-    "fails": ("- {name: Refused, ansible.builtin.fail: {msg: s3cret}, no_log: true}", "failed"),
-    "undefined": ("- {name: Unknown, ansible.builtin.debug: {msg: '{{ nowhere }}'}}", "failed"),
-    "no_file": ("- {name: Nowhere, ansible.builtin.include_tasks: nowhere.yml}", ""),
-    "no_yaml": ("- {name: Broken, ansible.builtin.nothing_of_the_kind: {}}", ""),
+    "fails": ("- {name: Refused, ansible.builtin.fail: {msg: s3cret}, no_log: true}", "does not succeed"),
+    "undefined": ("- {name: Unknown, ansible.builtin.debug: {msg: '{{ nowhere }}'}}", "does not succeed"),
+    "no_file": (
+        "- {name: Nowhere, ansible.builtin.include_tasks: nowhere.yml}",
+        "It is not known what is left to do",
+    ),
+    "no_yaml": (
+        "- {name: Broken, ansible.builtin.nothing_of_the_kind: {}}",
+        "It is not known what is left to do",
+    ),
 }
 AFTER = "\n- {name: Never reached, ansible.builtin.command: 'touch {{ touched }}'}\n"
 
@@ -137,14 +143,14 @@ def test_what_its_tasks_set_stays_with_them(seen: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ENDS)
 def test_it_ends_at_the_first_task_that_is_not_as_it_should_be(seen: dict[str, Any], name: str) -> None:
     assert f"g_{name}" not in seen["groups"]
-    assert ENDS[name][1] in seen[name]["reason"]
+    assert ENDS[name][1] in seen[name]["msg"]
     assert not seen[name].get("failed")
     assert not seen["touched"], "no task after it has run, and the one that would change something did not"
 
 
 def test_a_file_that_is_not_there_is_no_whole_one(seen: dict[str, Any]) -> None:
     assert "g_missing" not in seen["groups"]
-    assert "missing" in seen["missing"]["reason"]
+    assert "missing" in seen["missing"]["msg"]
 
 
 def test_a_host_that_cannot_be_reached_is_not_called_unchanged_and_not_given_up(seen: dict[str, Any]) -> None:
