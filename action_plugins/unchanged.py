@@ -127,6 +127,8 @@ class Walk:
         if result.is_unreachable():
             raise Ended(f"the host cannot be reached for {task.get_name()!r}")
         if result.is_failed():
+            hidden = result._return_data.get("_ansible_no_log")
+            Display().vv("hidden" if hidden else str(result._return_data.get("msg")), host=self._host.name)
             raise Ended(f"{task.get_name()!r} does not succeed")
         if result.is_changed():
             raise Ended(f"{task.get_name()!r} would change something")
