@@ -197,6 +197,14 @@ def test_a_full_disk_is_named_before_any_host_is_touched(deployed: Cluster) -> N
     assert deployed.state() == before
 
 
+def test_a_user_who_cannot_become_root_is_told_so_before_any_host_is_touched(deployed: Cluster) -> None:
+    before = deployed.state()
+    run = deployed.site(*deployed.with_variables(ansible_become_password="wrong"))
+    run.must_fail("webhook-1 is not ready", "webhook-2 is not ready", "cannot become root", "--ask-become-pass")
+    assert "Traceback" not in run.output
+    assert deployed.state() == before
+
+
 def test_a_registry_out_of_one_hosts_reach_stops_before_a_container_is_touched(deployed: Cluster) -> None:
     rule = f"OUTPUT -d {deployed.infra.address} -p tcp --dport 5000 -j REJECT"
     with undone(deployed.webhooks[1], f"iptables -I {rule}", f"iptables -D {rule}"):
