@@ -200,7 +200,9 @@ def test_a_full_disk_is_named_before_any_host_is_touched(deployed: Cluster) -> N
 def test_a_user_who_cannot_become_root_is_told_so_before_any_host_is_touched(deployed: Cluster) -> None:
     before = deployed.state()
     run = deployed.site(*deployed.with_variables(ansible_become_password="wrong"))
-    run.must_fail("webhook-1 is not ready", "webhook-2 is not ready", "cannot become root", "--ask-become-pass")
+    run.must_fail(
+        "webhook-1 is not ready", "webhook-2 is not ready", "cannot become root", "--ask-become-pass"
+    )
     assert "Traceback" not in run.output
     assert deployed.state() == before
 
