@@ -31,6 +31,7 @@ from ansible.module_utils.preflight import (
 )
 
 SHORT = 10.0
+DAEMON_JSON, DATA_ROOT = "/etc/docker/daemon.json", "/var/lib/docker"
 _CONTAINER_ID = re.compile(r"(?:docker[-/]|/)([0-9a-f]{64})(?:\.scope)?$", re.MULTILINE)
 #: The last is on every image that this project builds.
 _SEEN_FORMAT = '{{.ID}}\t{{.Names}}\t{{.Ports}}\t{{.Label "org.aisha.content.digest"}}'
@@ -189,9 +190,18 @@ class Host:
         ]
 
     def _containers(self) -> list[SeenContainer]:
-        lines = self._ask_docker("ps", "--no-trunc", "--format", _SEEN_FORMAT).out.splitlines()
+        listed = self._ask_docker("ps", "--no-trunc", "--format", _SEEN_FORMAT)
+        if listed.code not in (0, 124, 127):
+            return self._left_running()
+        lines = listed.out.splitlines()
         rows = [line.split("\t") for line in lines if line.count("\t") == 3]
         return [SeenContainer(row[0], row[1], parse_published(row[2]), not row[3]) for row in rows]
+
+    def _left_running(self) -> list[SeenContainer]:
+        """What an engine that is down has left running (live-restore), by its own notes; none that this user may not read."""
+        root = str(_json_object(_read(DAEMON_JSON)).get("data-root") or DATA_ROOT)
+        notes = self._privileged(["sh", "-c", 'cat -- "$0"/containers/*/config.v2.json', root]).out
+        return [_left(note) for note in _json_objects(notes) if (note.get("State") or {}).get("Running")]
 
     def _owners(self, inodes: set[int]) -> dict[int, int]:
         """Inode -> pid, as far as this user may see."""
@@ -324,6 +334,33 @@ def _json_object(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}
+
+
+def _json_objects(text: str) -> list[dict[str, Any]]:
+    """The objects of a text of several, as far as it can be read."""
+    found, decoder, rest = [], json.JSONDecoder(), text.lstrip()
+    while rest:
+        try:
+            document, end = decoder.raw_decode(rest)
+        except ValueError:
+            break
+        found.append(document)
+        rest = rest[end:].lstrip()
+    return [document for document in found if isinstance(document, dict)]
+
+
+def _left(note: Mapping[str, Any]) -> SeenContainer:
+    """A container as the engine notes it down."""
+    labels = (note.get("Config") or {}).get("Labels") or {}
+    bindings = ((note.get("NetworkSettings") or {}).get("Ports") or {}).items()
+    published = [
+        (str(binding.get("HostIp") or "0.0.0.0"), int(binding.get("HostPort") or 0))  # noqa: S104  (what the engine means)
+        for port, bound in bindings
+        for binding in bound or []
+        if port.endswith("/tcp")
+    ]
+    name = str(note.get("Name") or "").lstrip("/")
+    return SeenContainer(str(note.get("ID")), name, published, "org.aisha.content.digest" not in labels)
 
 
 def _link(path: str) -> str:

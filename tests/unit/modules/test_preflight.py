@@ -447,6 +447,32 @@ def test_a_stopped_engine_still_tells_its_version(recorded: dict[str, Result]) -
     assert (engine.installed, engine.running, engine.version) == (True, False, "20.10.24+dfsg1")
 
 
+def test_what_a_stopped_engine_has_left_running_is_known_by_its_notes(recorded: dict[str, Result]) -> None:
+    """With live-restore they go on, and hold their ports: the run that starts the engine again is not to be refused."""
+    bound = {
+        "8000/tcp": [{"HostIp": "127.0.0.1", "HostPort": "8001"}],
+        "53/udp": [{"HostIp": "", "HostPort": "53"}],
+        "9/tcp": None,
+    }
+    notes = [
+        {"ID": "a" * 64, "Name": "/wht-api-1", "State": {"Running": True}, "Config": {"Labels": {"org.aisha.content.digest": "1"}},
+         "NetworkSettings": {"Ports": bound}},
+        {"ID": "b" * 64, "Name": "/old-nginx", "State": {"Running": True}, "Config": {"Labels": None}},
+        {"ID": "c" * 64, "Name": "/ended", "State": {"Running": False}},
+    ]  # fmt: skip
+    recorded["docker ps"] = Result(1, "", "Cannot connect to the Docker daemon")
+    recorded["config.v2.json"] = Result(0, "".join(map(json.dumps, notes)) + "{half a no", "")
+    found = Host(use_sudo=False)._containers()
+    assert [(one.name, one.published, one.foreign) for one in found] == [
+        ("wht-api-1", [("127.0.0.1", 8001)], False),
+        ("old-nginx", [], True),
+    ]
+    # An engine that is too busy to answer has left nothing, and one that answers is asked.
+    for answer in (Result(124, "", ""), Result(127, "", ""), Result(0, "", "")):
+        recorded["docker ps"] = answer
+        assert Host(use_sudo=False)._containers() == []
+
+
 def test_a_user_who_may_not_ask_the_engine_is_no_absent_engine(recorded: dict[str, Result]) -> None:
     denied = {"ServerErrors": ["permission denied while trying to connect to the Docker daemon socket"]}
     recorded["docker info"] = Result(1, json.dumps(denied), "")
