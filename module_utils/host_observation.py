@@ -198,7 +198,7 @@ class Host:
         return [SeenContainer(row[0], row[1], parse_published(row[2]), not row[3]) for row in rows]
 
     def _left_running(self) -> list[SeenContainer]:
-        """What an engine that is down has left running (live-restore), by its own notes; none that this user may not read."""
+        """What an engine that is down has left running (live-restore), by its own notes, which only root may read."""
         root = str(_json_object(_read(DAEMON_JSON)).get("data-root") or DATA_ROOT)
         notes = self._privileged(["sh", "-c", 'cat -- "$0"/containers/*/config.v2.json', root]).out
         return [_left(note) for note in _json_objects(notes) if (note.get("State") or {}).get("Running")]

@@ -50,7 +50,7 @@ def write_file(
 
 
 def give_file(path: Path, *, mode: int, owner: int, group: int) -> None:
-    """Give a file that is as it should be to another reader. It stays the same file for those who have it open or mounted."""
+    """Give a file to another reader. It stays the same file for those who have it open or mounted."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fchown(descriptor, owner, group)

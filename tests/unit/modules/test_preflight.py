@@ -454,8 +454,9 @@ def test_what_a_stopped_engine_has_left_running_is_known_by_its_notes(recorded: 
         "53/udp": [{"HostIp": "", "HostPort": "53"}],
         "9/tcp": None,
     }
+    ours = {"Labels": {"org.aisha.content.digest": "1"}}
     notes = [
-        {"ID": "a" * 64, "Name": "/wht-api-1", "State": {"Running": True}, "Config": {"Labels": {"org.aisha.content.digest": "1"}},
+        {"ID": "a" * 64, "Name": "/wht-api-1", "State": {"Running": True}, "Config": ours,
          "NetworkSettings": {"Ports": bound}},
         {"ID": "b" * 64, "Name": "/old-nginx", "State": {"Running": True}, "Config": {"Labels": None}},
         {"ID": "c" * 64, "Name": "/ended", "State": {"Running": False}},
