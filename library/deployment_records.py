@@ -27,6 +27,11 @@ options:
         record here already. Names C(id), C(host), C(kind), C(started), C(who), C(controller), C(version), C(reason) and
         C(failed_at).
     type: dict
+  unchanged:
+    description:
+      - The record of a run that had nothing to do on this host (M(rollout), C(expect_unchanged)),
+        which is put on record, unless the run has a record here already.
+    type: dict
   timeout:
     description: Seconds that the import may take.
     type: float
@@ -55,7 +60,7 @@ EXAMPLES = r"""
 
 RETURN = r"""
 recorded:
-  description: Whether the run of O(stopped) was put on record.
+  description: Whether the run of O(stopped) or O(unchanged) was put on record.
   returned: always
   type: bool
 imported:
@@ -84,6 +89,7 @@ ARGUMENTS = {
     "path": {"type": "path", "required": True},
     "container": {"type": "str", "default": ""},
     "stopped": {"type": "dict"},
+    "unchanged": {"type": "dict"},
     "timeout": {"type": "float", "default": 15.0},
 }
 
@@ -97,6 +103,8 @@ def main() -> None:
         if params["stopped"] and not module.check_mode:
             current = ReleaseStore(params["path"]).linked("current")
             recorded = records.append_once(stopped_record(params["stopped"], current, datetime.now(UTC)))
+        if params["unchanged"] and not module.check_mode:
+            recorded = records.append_once(params["unchanged"])
     except (RecordError, KeyError) as error:
         module.warn(f"This run could not be recorded: {error}")
     try:

@@ -129,8 +129,9 @@ options:
     type: bool
     default: true
   expect_unchanged:
-    description: Record a run that has nothing to do, and touch nothing. Where anything differs, where another run has the
-      deployment's lock, or the run before did not succeed, the module fails; outside check mode, with O(kind=deploy).
+    description: Touch nothing, and return the record that a run with nothing to do has on this host
+      (M(deployment_records) writes it). Where anything differs, where another run has the deployment's lock, or the run
+      before did not succeed, the module fails. Outside check mode, with O(kind=deploy).
     type: bool
     default: false
   probe:

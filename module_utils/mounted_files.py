@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,13 +22,16 @@ def bind_mounts(found: Found) -> Iterator[Found]:
 
 
 def has_what_stands(found: Found, mount: Found, proc: Path) -> bool:
-    """Whether a container sees what stands at a mount's source now, and not what stood there when it started.
+    """Whether a container sees what stands at a mount's source now: the same file, or one that says the same.
 
-    False where it does not run. Nothing is read of either. OSError where one of them is not there, or /proc may not be
-    looked into.
+    False where it does not run. OSError where one of them is not there, or may not be looked into.
     """
     if not has_process(found):
         return False
-    inside = os.stat(f"{proc / str(found['State']['Pid'])}/root{mount['Destination']}")
-    outside = os.stat(mount["Source"])
-    return (outside.st_dev, outside.st_ino) == (inside.st_dev, inside.st_ino)
+    inside = f"{proc / str(found['State']['Pid'])}/root{mount['Destination']}"
+    # shallow=False: never by time and size alone.
+    return os.path.samefile(inside, mount["Source"]) or (
+        os.path.isfile(inside)
+        and os.path.isfile(mount["Source"])
+        and filecmp.cmp(inside, mount["Source"], shallow=False)
+    )

@@ -123,6 +123,11 @@ class Journal:
 
     def begin(self, release: Release, current: str | None) -> None:
         """The run is in hand."""
+        self._draft(release, current)
+        self._records.begin(self.record)
+        self._open = True
+
+    def _draft(self, release: Release, current: str | None) -> None:
         settings = self._settings
         self.record = {
             "id": self.id,
@@ -140,8 +145,6 @@ class Journal:
             "steps": [],
             "version": settings.version,
         }
-        self._records.begin(self.record)
-        self._open = True
 
     def take_long(self, seconds: float) -> None:
         """The step at hand may take so long: the deployment's lock is to last for it."""
@@ -175,6 +178,12 @@ class Journal:
 
     def finish(self, result: str, reason: str = "", failed_at: str = "") -> dict[str, Any]:
         """Append the record."""
+        self._close(result, reason, failed_at)
+        self._records.finish(self.record)
+        self._open = False
+        return self.record
+
+    def _close(self, result: str, reason: str = "", failed_at: str = "") -> None:
         ended = self._now()
         self.record |= {
             "ended": iso(ended),
@@ -183,9 +192,6 @@ class Journal:
             "reason": reason or self.record.get("reason"),
             "failed_at": failed_at or None,
         }
-        self._records.finish(self.record)
-        self._open = False
-        return self.record
 
     def after_failure(self) -> bool:
         """Whether the newest record of this host is of a run that did not succeed."""
@@ -199,6 +205,12 @@ class Journal:
         """Record a run that had nothing to do."""
         self.begin(release, release.id)
         return self.finish("unchanged")
+
+    def as_unchanged(self, release: Release) -> Mapping[str, Any]:
+        """The record of such a run, which is not written: whether it stays one, the proof that follows says."""
+        self._draft(release, release.id)
+        self._close("unchanged")
+        return self.record
 
     def _note(self) -> None:
         # A full disk or a lost lock stops nothing that has begun: half done would be worse.

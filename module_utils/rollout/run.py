@@ -146,7 +146,7 @@ class Rollout:
         return {**as_result(plan, "prepare"), **done}
 
     def confirm(self, target: Release) -> dict[str, Any]:
-        """Record a run that has nothing to do here. `RolloutError` (differs) for everything else, which `run` does."""
+        """The record of a run that has nothing to do here. Touches nothing; `RolloutError` (differs) where there is."""
         self._journal.check_nobody_else()
         with only_one(self._settings.site_dir, 0, self._sleep):
             edge, _ = self._rooms(target)
@@ -161,7 +161,7 @@ class Rollout:
                 or self._journal.troubled()
             ):
                 raise RolloutError("differs", f"This host is not as release {target.id} wants it")
-            return self._result(plan, self._journal.unchanged(target), [], changed=False)
+            return self._result(plan, self._journal.as_unchanged(target), [], changed=False)
 
     def run(self, target: Release) -> dict[str, Any]:
         """Bring the host to the release. `RolloutError` when that failed; its evidence says whether it was undone."""

@@ -67,10 +67,12 @@ def test_a_run_with_nothing_to_do_says_so_in_one_task_and_task_by_task_it_is_the
 
 
 def test_a_run_mends_what_is_not_as_the_release_says(stack: Stack) -> None:
-    """Here an instance that somebody has stopped, and a secret's file that everybody may read."""
+    """Here an instance that somebody has stopped, a secret that everybody may read, one that is gone, and nginx's key."""
     container, secret = f"{stack.site.name}-api-2", stack.site.home / "secrets/api/minio_secret_key"
     docker("stop", container)
     secret.chmod(0o444)
+    (stack.site.home / "secrets/api/redis_password").unlink()
+    (stack.site.home / "ssl/privkey.pem").unlink()
     result = stack.site.site().must_pass()
     assert "TASK [rollout : The release runs]" in result.output
     assert result.recap["changed"] >= 2

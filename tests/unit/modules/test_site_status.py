@@ -187,6 +187,8 @@ def test_a_secret_that_was_replaced_since_a_container_started_is_named(site):
     assert site.found() == []
     outside.unlink()
     outside.touch()
+    assert site.found() == [], "it says the same"
+    outside.write_text("another")
     assert site.found() == [("file", str(outside))]
     outside.unlink()
     assert site.found() == [("file", str(outside))]
