@@ -140,6 +140,8 @@ def _decide(
     for container in containers:
         if _labels(container).get(HASH_LABEL) != wanted_hash:
             return "replace", _why_other(service, container)
+        if changed := _set_by_hand(service, container):
+            return "replace", f"changed by hand ({', '.join(changed)})"
     wanted_image = str(service.get("image") or "")
     here = images.image_names(wanted_image)
     for container in containers:
@@ -202,6 +204,22 @@ def _changed_parts(service: Mapping[str, Any], container: Mapping[str, Any]) -> 
     if labels:
         parts.append(f"labels changed ({', '.join(sorted(labels))})")
     return parts
+
+
+def _set_by_hand(service: Mapping[str, Any], container: Mapping[str, Any]) -> list[str]:
+    """What `docker update` has given a container, which no hash shows.
+
+    A limit that the container has not got at all is one that its kernel does not know, and no other container would have.
+    """
+    host = container.get("HostConfig") or {}
+    memory, pids = str(service.get("mem_limit") or ""), str(service.get("pids_limit") or "")
+    policy = (host.get("RestartPolicy") or {}).get("Name")
+    differs = {
+        "memory": memory.isdigit() and host.get("Memory") and host["Memory"] != int(memory),
+        "number of processes": pids.isdigit() and host.get("PidsLimit") and host["PidsLimit"] != int(pids),
+        "restart policy": service.get("restart") and policy and policy != service["restart"],
+    }
+    return [name for name, differ in differs.items() if differ]
 
 
 def _scale(service: Mapping[str, Any]) -> int:

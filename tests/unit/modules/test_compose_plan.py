@@ -45,6 +45,15 @@ def container(service="api-1", hashed="h1", image=OLD, status="running", health=
     }
 
 
+LIMITS = {"mem_limit": "536870912", "pids_limit": 256, "restart": "unless-stopped"}
+
+
+def limited(**host):
+    """A container as Compose makes it of LIMITS, and what somebody has done to it since."""
+    made = {"Memory": 536870912, "PidsLimit": 256, "RestartPolicy": {"Name": "unless-stopped"}}
+    return container() | {"HostConfig": made | host}
+
+
 def plan_one(containers, service=None, images=None, **options):
     services = {"api-1": {"image": OLD} | (service or {})}
     planned, orphans = make_plan(
@@ -58,6 +67,13 @@ def plan_one(containers, service=None, images=None, **options):
     [
         ([], {}, "create", "no container"),
         ([container()], {}, "none", "unchanged (running)"),
+        ([limited()], LIMITS, "none", "unchanged (running)"),
+        ([limited(Memory=67108864)], LIMITS, "replace", "changed by hand (memory)"),
+        ([limited(PidsLimit=16)], LIMITS, "replace", "changed by hand (number of processes)"),
+        ([limited(RestartPolicy={"Name": "no"})], LIMITS, "replace", "changed by hand (restart policy)"),
+        # A kernel without such limits: the next container would not have them either.
+        ([limited(Memory=0, PidsLimit=None)], LIMITS, "none", "unchanged (running)"),
+        ([limited(RestartPolicy={"Name": "no"})], {"restart": "no"}, "none", "unchanged (running)"),
         ([container(health="healthy")], {}, "none", "unchanged (running, healthy)"),
         ([container(health="starting")], {}, "none", "starting"),
         ([container(health="unhealthy")], {}, "replace", "unhealthy"),
