@@ -110,14 +110,25 @@ class Workers:
 def test_workers_killed_at_random_points_of_their_batches(bench: Lab) -> None:
     """24 SIGKILLs with a fixed seed while two workers race over the same backlog."""
     random_ = random.Random(SEED)
-    request_ids = names(1500)
-    identifiers = bench.deliver_styles(request_ids)
+    waiting = names(600 * (KILLS + 1))
+    request_ids: list[str] = []
+    identifiers: list[int] = []
+
+    def refill() -> None:
+        """However fast the workers are, the next kill finds them at work."""
+        if left(bench) < 600:
+            more = waiting[len(request_ids) : len(request_ids) + 600]
+            identifiers.extend(bench.deliver_styles(more))
+            request_ids.extend(more)
+
+    refill()
     changes = {"WORKER_BATCH_SIZE": "24", "EVENT_MAX_ATTEMPTS": "1000"}
     killed_at_work = 0
     with Workers(bench, **changes) as workers:
         # One more than two, so that two are at work while the third begins.
         running = [workers.start() for _ in range(3)]
         for number in range(KILLS):
+            refill()
             # At a random moment of a batch: it has leases, and some of it has happened or not.
             wait_for(lambda name=f"worker-{number}": at_work(bench, name) or left(bench) == 0, "its leases")
             time.sleep(random_.uniform(0, 0.15))
