@@ -67,16 +67,19 @@ def test_a_run_with_nothing_to_do_says_so_in_one_task_and_task_by_task_it_is_the
 
 
 def test_a_run_mends_what_is_not_as_the_release_says(stack: Stack) -> None:
-    """Here an instance that somebody has stopped, a secret that everybody may read, one that is gone, and nginx's key."""
+    """Here a stopped instance, a secret that everybody may read, one that is gone, no key for nginx, another policy."""
     container, secret = f"{stack.site.name}-api-2", stack.site.home / "secrets/api/minio_secret_key"
     docker("stop", container)
     secret.chmod(0o444)
     (stack.site.home / "secrets/api/redis_password").unlink()
     (stack.site.home / "ssl/privkey.pem").unlink()
+    docker("update", "--restart", "no", f"{stack.site.name}-worker")
     result = stack.site.site().must_pass()
     assert "TASK [rollout : The release runs]" in result.output
     assert result.recap["changed"] >= 2
     assert docker("inspect", "--format", "{{.State.Health.Status}}", container) == "healthy"
+    policy = docker("inspect", "--format", "{{.HostConfig.RestartPolicy.Name}}", f"{stack.site.name}-worker")
+    assert policy == "unless-stopped"
     assert secret.stat().st_mode & 0o777 == 0o400
     stack.site.playbook("playbooks/status.yml").must_pass()
     assert stack.site.site().must_pass().recap["changed"] == 0

@@ -203,3 +203,13 @@ def site_for(inventory: Path, hosts: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [program, "-i", inventory, "site.yml"], cwd=REPO, capture_output=True, text=True, timeout=120
     )
+
+
+def test_a_run_with_nothing_to_do_is_on_record_when_it_is_proven_and_not_before() -> None:
+    tasks = yaml.safe_load((REPO / "playbooks/tasks/unchanged.yml").read_text())
+    assert tasks[0]["check_mode"] is True
+    assert [task["ansible.builtin.include_role"]["name"] for task in tasks[1:]] == [
+        "rollout",
+        "verify",
+        "records",
+    ]
